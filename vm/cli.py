@@ -13,7 +13,15 @@ from pathlib import Path
 from cgpolicy.error import UserError
 from vm.debian import SUITES
 from vm.host import require_root
-from vm.machine import EXIT_HARNESS, EXIT_PANIC, EXIT_TIMEOUT, Interrupted, Request, interruptible, run_in_guest
+from vm.machine import (
+    EXIT_HARNESS,
+    EXIT_PANIC,
+    EXIT_TIMEOUT,
+    Interrupted,
+    Request,
+    interruptible,
+    run_in_guest,
+)
 
 CONSOLE_TAIL_LINES = 40
 
@@ -28,8 +36,15 @@ OFFSET tells where the page cache of a file is.
 def parser() -> argparse.ArgumentParser:
     """Return the parser of vm/run's command line."""
     parser = argparse.ArgumentParser(prog="vm/run", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--kernel", choices=("patched", "stock"), default="patched", help="Debian's source with the series, or Debian's package")
-    parser.add_argument("--base", choices=("v6.12", "v7"), default="v6.12", help="which series of kernel-patch/")
+    parser.add_argument(
+        "--kernel",
+        choices=("patched", "stock"),
+        default="patched",
+        help="Debian's source with the series, or Debian's package",
+    )
+    parser.add_argument(
+        "--base", choices=("v6.12", "v7"), default="v6.12", help="which series of kernel-patch/"
+    )
     parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="Debian release of the guest")
     parser.add_argument("--share", type=Path, metavar="DIR", help="read-only at /mnt/share")
     parser.add_argument("--packages", metavar="A,B", default="", help="more Debian packages in the guest")
@@ -78,4 +93,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write(descriptor: int, data: bytes) -> None:
     """Write all of the data at once, past Python's own buffers."""
     while data:
-        data = data[os.write(descriptor, data):]
+        data = data[os.write(descriptor, data) :]

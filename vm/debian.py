@@ -29,7 +29,9 @@ def mirrors() -> tuple[str, str | None]:
         run(["apt-get", "update"], log=cache_dir("log") / "apt.log")
         found = read_mirrors()
     if "Debian" not in found:
-        raise HarnessError("apt is configured with no Debian archive", hint="add one to /etc/apt/sources.list.d")
+        raise HarnessError(
+            "apt is configured with no Debian archive", hint="add one to /etc/apt/sources.list.d"
+        )
     return found["Debian"], found.get("Debian-Security")
 
 
@@ -145,5 +147,6 @@ class Archive:
                 # The mirror moved on; the caller named its cache entry after the old version.
                 self._update()
                 raise HarnessError(
-                    f"{wanted} is no longer on the mirror", hint="the package lists were renewed; run it again"
+                    f"{wanted} is no longer on the mirror",
+                    hint="the package lists were renewed; run it again",
                 ) from None

@@ -57,7 +57,13 @@ MASKED_UNITS = (
 )
 
 # Debian's own documentation and translations: never read in the guest.
-UNREAD = ("usr/share/doc/*", "usr/share/locale/*", "usr/share/man/*", "var/cache/apt/*", "var/lib/apt/lists/*")
+UNREAD = (
+    "usr/share/doc/*",
+    "usr/share/locale/*",
+    "usr/share/man/*",
+    "var/cache/apt/*",
+    "var/lib/apt/lists/*",
+)
 
 SIZE = "3G"  # sparse; room for tests that write files
 
@@ -90,8 +96,10 @@ def build(path: Path, suite: str, packages: Sequence[str]) -> None:
     progress(f"building the Debian {suite} image (about a minute; log: {log})")
     with scratch_dir("image") as scratch:
         root = scratch / "root"
-        apt_options = [f"--aptopt={name} \"{value}\"" for name, _, value in
-                       (option.partition("=") for option in debian.acquire_options())]
+        apt_options = [
+            f'--aptopt={name} "{value}"'
+            for name, _, value in (option.partition("=") for option in debian.acquire_options())
+        ]
         run(
             [
                 "mmdebstrap",
@@ -109,8 +117,26 @@ def build(path: Path, suite: str, packages: Sequence[str]) -> None:
         )
         configure(root)
         complete = scratch / "complete.ext4"
-        run(["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file", "-m", "0",
-             "-E", "lazy_itable_init=1,lazy_journal_init=1", "-d", root, complete, SIZE], log=log)
+        run(
+            [
+                "mke2fs",
+                "-q",
+                "-F",
+                "-t",
+                "ext4",
+                "-O",
+                "^metadata_csum_seed,^orphan_file",
+                "-m",
+                "0",
+                "-E",
+                "lazy_itable_init=1,lazy_journal_init=1",
+                "-d",
+                root,
+                complete,
+                SIZE,
+            ],
+            log=log,
+        )
         complete.rename(path)
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Kernels for the guest: Debian's source with the patch series, or Debian's own package."""
+"""The guest's kernel: Debian's source with the patch series of the working tree."""
 
 from __future__ import annotations
 
-import lzma
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,28 @@ from vm.host import (
     scratch_dir,
 )
 
+HOST_PACKAGES = ("bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "lz4", "make", "patch", "xz-utils")
+SUITE = "trixie"  # whatever the guest is: one kernel serves every suite
+SOURCE_PACKAGES = {"v6.12": "linux-source-6.12"}
+FRAGMENT = Path(__file__).parent / "kernel.config"
+
+# Nothing of this host or hour goes into the image.
+ENVIRONMENT = {
+    "KBUILD_BUILD_TIMESTAMP": "2026-01-01",
+    "KBUILD_BUILD_USER": "cgpolicy",
+    "KBUILD_BUILD_HOST": "cgpolicy",
+    "KBUILD_BUILD_VERSION": "1",
+    "LC_ALL": "C",
+}
+
+# Run in the source tree; data, so that the cache's key follows it.
+CONFIGURE = (
+    ("make", "x86_64_defconfig"),
+    ("scripts/kconfig/merge_config.sh", "-m", ".config", str(FRAGMENT)),
+    ("make", "olddefconfig"),
+)
+BUILD = ("make", "bzImage")
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -32,114 +55,75 @@ class Kernel:
     modules: Path | None = None
 
 
-# Debian's own kernel --------------------------------------------------------------------------
-
-STOCK_HOST_PACKAGES = ("cpio", "kmod", "e2fsprogs", "dpkg")
-
-# Loaded by the initial RAM disk, with what they depend on: all that the machine is made of, so that the guest
-# needs no coldplug.
-INITRD_MODULES = (
-    "virtio_pci",
-    "virtio_blk",
-    "virtio_console",
-    "crc32c_generic",
-    "crc32c-intel",
-    "ext4",
-    "9pnet_virtio",
-    "9p",
-    "pvpanic-pci",
-)
-
-INITRD_INIT = """\
-#!/bin/busybox sh
-/bin/busybox mount -t devtmpfs dev /dev
-while read module; do
-    /bin/busybox insmod "/modules/$module" || echo "cannot load $module"
-done < /modules/order
-/bin/busybox mount -t ext4 /dev/vda /root
-/bin/busybox mount -t ext4 -o ro /dev/vdc /root/usr/lib/modules
-/bin/busybox mount -o move /dev /root/dev
-exec /bin/busybox switch_root /root /usr/local/lib/cgpolicy-vm/init
-"""
-
-
-def stock(suite: str) -> Kernel:
-    """Return Debian's newest kernel package of a suite, with an initial RAM disk of our own."""
-    archive = Archive(suite)
-    version, _ = archive.newest("linux-image-amd64")
-    path = cache_dir("kernels") / f"stock-{suite}-{content_hash(Path(__file__), version)}"
+def patched(base: str) -> Kernel:
+    """Return Debian's kernel source with kernel-patch/<base> applied, built if it is not cached."""
+    series = TREE / "kernel-patch" / base
+    patches = sorted(series.glob("*.patch"))
+    if base not in SOURCE_PACKAGES or not patches:
+        raise HarnessError(
+            f"there is no series for {base}", hint=f"{series.relative_to(TREE)} holds no patch"
+        )
+    archive = Archive(SUITE)
+    version, _ = archive.newest(SOURCE_PACKAGES[base])
+    recipe = repr((sorted(ENVIRONMENT.items()), [command[:2] for command in CONFIGURE], BUILD))
+    key = content_hash(recipe, FRAGMENT, version, *patches)
+    path = cache_dir("kernels") / f"patched-{base}-{key}"
     if not path.exists():
-        install_packages(STOCK_HOST_PACKAGES)
+        install_packages(HOST_PACKAGES)
         with locked(path.name):
             if not path.exists():
-                build_stock(path, archive)
-    return Kernel(path / "vmlinuz", path / "initrd", path / "modules.ext4")
+                build_patched(path, archive, SOURCE_PACKAGES[base], patches)
+    return Kernel(path / "bzImage")
 
 
-def build_stock(path: Path, archive: Archive) -> None:
-    """Fetch the kernel package and arrange it for direct boot."""
+def build_patched(path: Path, archive: Archive, package: str, patches: Sequence[Path]) -> None:
+    """Unpack, patch, configure and build; only the image, its configuration and System.map are kept."""
     log = path.with_suffix(".log")
-    progress(f"fetching Debian {archive.suite}'s own kernel (log: {log})")
-    packages = [name for name in archive.depends("linux-image-amd64") if name.startswith("linux-image-")]
-    if not packages:
-        raise HarnessError(f"linux-image-amd64 of Debian {archive.suite} depends on no kernel")
-    with scratch_dir("stock") as scratch:
-        root, complete = scratch / "root", scratch / "complete"
+    progress(f"building {package} with {len(patches)} patches (7 minutes on two cores; log: {log})")
+    with scratch_dir("kernel") as scratch:
+        source, complete = scratch / "source", scratch / "complete"
         complete.mkdir()
-        archive.unpack(packages[0], root)
-        archive.unpack("busybox-static", scratch / "busybox")
-        (vmlinuz,) = (root / "boot").glob("vmlinuz-*")
-        release = vmlinuz.name.removeprefix("vmlinuz-")
-        modules = next(path for path in (root / "usr/lib/modules", root / "lib/modules") if path.exists())
-        if modules.parent.parent == root:
-            (root / "usr/lib").mkdir(parents=True, exist_ok=True)
-            modules = modules.rename(root / "usr/lib/modules")
-        if not (root / "lib").exists():
-            (root / "lib").symlink_to("usr/lib")
-        run(["depmod", "--basedir", root, release], log=log)
-        make_initrd(complete / "initrd", modules / release, scratch, log)
-        run(["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-d", modules, complete / "modules.ext4", "512M"], log=log)
-        shutil.copy(vmlinuz, complete / "vmlinuz")
+        source.mkdir()
+        archive.unpack(package, scratch / "package")
+        (tarball,) = (scratch / "package/usr/src").glob("linux-source-*.tar.xz")
+        run(
+            ["tar", "--extract", f"--file={tarball}", f"--directory={source}", "--strip-components=1"],
+            log=log,
+        )
+        for patch in patches:
+            run(
+                ["patch", "-p1", "--forward", "--batch", "-d", source, "-i", patch],
+                log=log,
+                hint=f"{patch.name} does not apply to {package}; see {log}",
+            )
+
+        for command in CONFIGURE:
+            run(command, cwd=source, log=log, env=ENVIRONMENT)
+        check_config(source / ".config", FRAGMENT)
+        run([*BUILD, f"-j{os.cpu_count()}"], cwd=source, log=log, env=ENVIRONMENT)
+        for name in ("arch/x86/boot/bzImage", "System.map", ".config"):
+            shutil.copy(source / name, complete / Path(name).name.replace(".config", "config"))
         complete.rename(path)
 
 
-def make_initrd(path: Path, modules: Path, scratch: Path, log: Path) -> None:
-    """Write an initial RAM disk of busybox and the machine's modules, uncompressed, in loading order."""
-    tree = scratch / "initrd"
-    for name in ("bin", "dev", "root", "modules"):
-        (tree / name).mkdir(parents=True)
-    (busybox,) = (scratch / "busybox").glob("**/bin/busybox")
-    shutil.copy(busybox, tree / "bin/busybox")
-    order = module_order(modules)
-    for module in order:
-        data = (modules / module).read_bytes()
-        if module.endswith(".xz"):
-            data = lzma.decompress(data)
-        (tree / "modules" / module_name(module)).write_bytes(data)
-    (tree / "modules/order").write_text("".join(f"{module_name(module)}\n" for module in order))
-    (tree / "init").write_text(INITRD_INIT)
-    (tree / "init").chmod(0o755)
-    names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
-    run(["sh", "-c", 'cpio --quiet -o -H newc > "$0"', path], cwd=tree, stdin="\n".join(names), log=log)
+def check_config(config: Path, fragment: Path) -> None:
+    """Raise HarnessError unless the configuration says what the fragment asks for, symbol by symbol."""
+    values = config_values(config)
+    ignored = [
+        f"{symbol}={wanted} (is {values.get(symbol, 'n')})"
+        for symbol, wanted in config_values(fragment).items()
+        if values.get(symbol, "n") != wanted
+    ]
+    if ignored:
+        raise HarnessError(
+            f"Kconfig did not honour {', '.join(ignored)}", hint=f"see {fragment.relative_to(TREE)}"
+        )
 
 
-def module_name(path: str) -> str:
-    """Return a module's name as modprobe knows it, from its file's path."""
-    return os.path.basename(path).split(".ko")[0].replace("-", "_")
-
-
-def module_order(modules: Path) -> list[str]:
-    """Return the files of INITRD_MODULES and their dependencies, each after what it needs (modules.dep(5))."""
-    files: dict[str, str] = {}
-    needs: dict[str, list[str]] = {}
-    for line in (modules / "modules.dep").read_text().splitlines():
-        file, _, dependencies = line.partition(":")
-        files[module_name(file)] = file
-        needs[file] = dependencies.split()
-    order: list[str] = []
-    for name in INITRD_MODULES:
-        file = files.get(name.replace("-", "_"), "")
-        if file:  # else built in
-            # modules.dep lists the transitive closure, what to load first standing last.
-            order += [module for module in [*reversed(needs[file]), file] if module not in order]
-    return order
+def config_values(path: Path) -> dict[str, str]:
+    """Map the symbols that a kernel configuration names to their values, n where it says 'is not set'."""
+    found = {}
+    for line in path.read_text().splitlines():
+        if match := re.fullmatch(r"(CONFIG_\w+)=(.*)|# (CONFIG_\w+) is not set", line):
+            found[match[1] or match[3]] = match[2] or "n"
+    return found

@@ -21,10 +21,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vm.host import HarnessError, cache_dir, die_with_parent, install_packages
+from vm.host import cache_dir, die_with_parent, install_packages
 from vm.image import image
-from vm.kernel import Kernel, stock
+from vm.kernel import Kernel, patched
 from vm.payload import write_payload
+from vm.stock import stock
 
 HOST_PACKAGES = ("qemu-system-x86",)
 
@@ -101,18 +102,20 @@ def select_kernel(request: Request) -> Kernel:
     """Return the kernel that a request names, built or fetched if it is not cached."""
     if request.kernel == "stock":
         return stock(request.suite)
-    from vm.kernel import patched
-
     return patched(request.base)
 
 
 def has_kvm() -> bool:
     """Tell whether KVM can run this guest; /dev/kvm alone says nothing (it may lack hardware support)."""
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return bool(flags and {"vmx", "svm"} & set(flags[1].split())) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+    return bool(flags and {"vmx", "svm"} & set(flags[1].split())) and os.access(
+        "/dev/kvm", os.R_OK | os.W_OK
+    )
 
 
-def run_in_guest(request: Request, stdout: Callable[[bytes], None], stderr: Callable[[bytes], None]) -> Outcome:
+def run_in_guest(
+    request: Request, stdout: Callable[[bytes], None], stderr: Callable[[bytes], None]
+) -> Outcome:
     """Run a command in a machine of its own, passing on its output as it comes.
 
     The console's log is kept, and Outcome.console_path names it, unless the command just exited.
@@ -129,7 +132,9 @@ def run_in_guest(request: Request, stdout: Callable[[bytes], None], stderr: Call
         write_payload(payload, request.command, share=request.share is not None, scratch=scratch)
         shutil.rmtree(scratch)
         console = directory / "console.log"
-        with Machine(request, kernel, root, payload, console, {"stdout": stdout, "stderr": stderr}) as machine:
+        with Machine(
+            request, kernel, root, payload, console, {"stdout": stdout, "stderr": stderr}
+        ) as machine:
             outcome = machine.run()
         keep = outcome.console_path is not None
         payload.unlink()
@@ -208,7 +213,7 @@ class Machine:
             disks.append(f"file={kernel.modules},readonly=on")
         arguments = (
             "root=/dev/vda rootfstype=ext4 rw init=/usr/local/lib/cgpolicy-vm/init console=ttyS0 loglevel=5 "
-            "panic=-1 net.ifnames=0 random.trust_cpu=on systemd.show_status=no"
+            "panic=-1 mitigations=off net.ifnames=0 random.trust_cpu=on systemd.show_status=no"
         )
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-machine", "q35"]
