@@ -26,10 +26,10 @@ from vm.machine import (
 CONSOLE_TAIL_LINES = 40
 
 EPILOG = f"""\
-Runs CMD as root in a virtual machine with the working tree installed and cgpolicyd running; its output is streamed.
-The exit status is CMD's, {EXIT_PANIC} if the guest's kernel panicked, {EXIT_TIMEOUT} on timeout, {EXIT_HARNESS} if
-the machine could not be set up or was lost. In the guest: vm-mce PHYSADDR raises a machine check, vm-physaddr FILE
-OFFSET tells where the page cache of a file is.
+Runs CMD as root in a virtual machine with the working tree installed and cgpolicyd running; its output is
+streamed. The exit status is CMD's, {EXIT_PANIC} if the guest's kernel panicked, {EXIT_TIMEOUT} on timeout,
+{EXIT_HARNESS} if the machine could not be set up or was lost. In the guest: vm-mce PHYSADDR raises a machine
+check, vm-physaddr FILE OFFSET tells where the page cache of a file is.
 """
 
 

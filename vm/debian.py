@@ -72,11 +72,15 @@ def keyring() -> Path:
     return KEYRING
 
 
+class Renewed(HarnessError):
+    """The mirror no longer had a version that we knew of; the package lists are new now: look it up again."""
+
+
 class Archive:
     """A suite's packages, looked up with package lists of our own: the host's suite and lists do not matter.
 
-    The lists are fetched once and kept, so that the versions stand still until the cache is removed or the mirror
-    no longer has them.
+    The lists are fetched once and kept, so that the versions stand still until the cache is removed or the
+    mirror no longer has them.
     """
 
     def __init__(self, suite: str) -> None:
@@ -144,9 +148,5 @@ class Archive:
             try:
                 run(command, log=self.log, cwd=directory)
             except HarnessError:
-                # The mirror moved on; the caller named its cache entry after the old version.
                 self._update()
-                raise HarnessError(
-                    f"{wanted} is no longer on the mirror",
-                    hint="the package lists were renewed; run it again",
-                ) from None
+                raise Renewed(f"{wanted} is not on the mirror any more") from None

@@ -78,7 +78,7 @@ def content_hash(*parts: str | bytes | Path) -> str:
 
 
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
-    """Make the kernel signal this process when its parent dies, also by SIGKILL (prctl(2), PR_SET_PDEATHSIG)."""
+    """Have this process signalled when its parent dies, by whatever means (prctl(2), PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
 
 

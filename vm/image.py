@@ -71,7 +71,7 @@ SIZE = "3G"  # sparse; room for tests that write files
 UDEV_TRIGGER = """\
 [Service]
 ExecStart=
-ExecStart=-/usr/bin/udevadm trigger --type=all --action=add --subsystem-match=block --prioritized-subsystem=block
+ExecStart=-/usr/bin/udevadm trigger --action=add --subsystem-match=block
 """
 JOURNALD = "[Journal]\nStorage=volatile\n"
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from vm.debian import Renewed
 from vm.host import cache_dir, die_with_parent, install_packages
 from vm.image import image
 from vm.kernel import Kernel, patched
@@ -100,9 +101,14 @@ def interruptible() -> Iterator[None]:
 
 def select_kernel(request: Request) -> Kernel:
     """Return the kernel that a request names, built or fetched if it is not cached."""
-    if request.kernel == "stock":
-        return stock(request.suite)
-    return patched(request.base)
+
+    def select() -> Kernel:
+        return stock(request.suite) if request.kernel == "stock" else patched(request.base)
+
+    try:
+        return select()
+    except Renewed:
+        return select()
 
 
 def has_kvm() -> bool:
@@ -145,7 +151,7 @@ def run_in_guest(
 
 
 class Machine:
-    """A QEMU process with its channels: connected socket pairs, so that no name or port is shared with another run."""
+    """A QEMU process with its channels: socket pairs, so that no name or port is shared with another run."""
 
     def __init__(
         self,

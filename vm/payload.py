@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is laid over the pristine image at every start: the working tree as installed, the channel, the command."""
+"""What is laid over the pristine image at every start: the working tree installed, channel, command."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from pathlib import Path
 from vm.host import TREE, cache_dir, install_packages, run
 from vm.image import GUEST_FILES, GUEST_LIBRARY
 
-# dependency('systemd') of meson.build needs systemd.pc, which moved from systemd to systemd-dev in Debian 13.
-HOST_PACKAGES = ("meson", "ninja-build", "pkgconf")
+HOST_PACKAGES = ("meson", "ninja-build", "pkgconf", "systemd")
+# systemd.pc, which meson.build asks for directories, is in systemd itself before Debian 13.
+SYSTEMD_PC = Path("/usr/share/pkgconfig/systemd.pc")
 
 UNITS = "etc/systemd/system"
 FILES = {
-    "channel": f"{GUEST_LIBRARY}/channel",
+    "channel.py": f"{GUEST_LIBRARY}/channel",
     "vm-channel.service": f"{UNITS}/vm-channel.service",
     "vm-command.service": f"{UNITS}/vm-command.service",
-    "vm-mce": "usr/local/bin/vm-mce",
-    "vm-physaddr": "usr/local/bin/vm-physaddr",
+    "mce.py": "usr/local/bin/vm-mce",
+    "physaddr.py": "usr/local/bin/vm-physaddr",
 }
 
 
 def write_payload(path: Path, command: Sequence[str], *, share: bool, scratch: Path) -> None:
-    """Write the tar archive that vm/guest/init unpacks; its length is a multiple of a sector's, as tar makes it."""
+    """Write the tar archive that vm/guest/init unpacks from a disk; tar pads it to whole sectors."""
     stage = scratch / "stage"
     stage.mkdir()
     install_tree(stage, scratch / "build")
@@ -57,6 +58,8 @@ def install_tree(stage: Path, build: Path) -> None:
     if not (TREE / "meson.build").exists():
         return
     install_packages(HOST_PACKAGES)
+    if not SYSTEMD_PC.exists():
+        install_packages(["systemd-dev"])
     log = cache_dir("log") / "meson.log"
     run(
         ["meson", "setup", "--prefix=/usr", "--sysconfdir=/etc", "--localstatedir=/var", build, TREE],

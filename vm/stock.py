@@ -23,8 +23,8 @@ from vm.kernel import Kernel
 
 HOST_PACKAGES = ("cpio", "kmod", "e2fsprogs", "dpkg")
 
-# Loaded by the initial RAM disk, with what they depend on: all that the machine is made of, so that the guest
-# needs no coldplug.
+# Loaded by the initial RAM disk, with what they depend on: all that the machine is made of, so that the
+# guest needs no coldplug.
 INITRD_MODULES = (
     "virtio_pci",
     "virtio_blk",
@@ -131,7 +131,7 @@ def module_name(path: str) -> str:
 
 
 def module_order(modules: Path) -> list[str]:
-    """Return the files of INITRD_MODULES and their dependencies, each after what it needs (modules.dep(5))."""
+    """Return the files of INITRD_MODULES and what they depend on, in loading order (modules.dep(5))."""
     files: dict[str, str] = {}
     needs: dict[str, list[str]] = {}
     for line in (modules / "modules.dep").read_text().splitlines():

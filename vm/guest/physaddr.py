@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """vm-physaddr FILE OFFSET: print the physical address of the page cache that holds a byte of a file.
 
-The page is mapped for that moment only, so that nobody is left to get a SIGBUS (kernel: admin-guide/mm/pagemap.rst).
-Page cache that was not there is read in, and is then charged to the caller's cgroup.
+The page is mapped for that moment only, so that nobody is left to get a SIGBUS
+(kernel: Documentation/admin-guide/mm/pagemap.rst). Page cache that was not there is read in, and is then
+charged to the caller's cgroup.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Guest's end of the channel: runs vm-command.service and carries its output and exit status to the host.
 
-The command writes to two FIFOs and not to the virtio ports, which can be opened only once (/dev/stdout would fail).
-Real-time priority empties the FIFOs before the writer executes its next instruction, so that what a command says
-before it panics the kernel gets out.
+The command writes to two FIFOs and not to the virtio ports, which can be opened only once (/dev/stdout would
+fail). Real-time priority empties the FIFOs before the writer executes its next instruction, so that what a
+command says before it panics the kernel gets out.
 """
 
 from __future__ import annotations
