@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Names of systemd units, as systemd judges and escapes them (src/basic/unit-name.c, src/basic/bus-label.c)."""
+
+from __future__ import annotations
+
+import re
+import string
+
+from cgpolicy.error import InvalidUnitName
+
+UNIT_TYPES = frozenset(
+    "service socket target device mount automount swap timer path slice scope".split()
+)
+
+# Types with a control group of their own, in which X-CgPolicy counts.
+POLICY_TYPES = frozenset("service scope slice socket mount swap".split())
+
+ROOT_SLICE = "-.slice"
+
+NAME_MAX = 255  # bytes, as the kernel's file names
+VALID_CHARS = frozenset(string.ascii_letters + string.digits + ":-_.\\")
+ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
+
+# libvirt: <driver>-<id>-<name> (virDomainDriverGenerateMachineName); the id changes at every start.
+LIBVIRT_MACHINE = re.compile(r"(?:qemu|lxc|ch|xen)-\d+-(.+)", re.DOTALL)
+
+
+def is_valid(name: str) -> bool:
+    """Tell whether this is a plain, template or instance unit name (unit_name_is_valid(), UNIT_NAME_ANY)."""
+    stem, dot, suffix = name.rpartition(".")
+    if not dot or not stem or suffix not in UNIT_TYPES or len(name.encode(errors="surrogateescape")) > NAME_MAX:
+        return False
+    # Only the first @ separates; more of them belong to the instance.
+    return not stem.startswith("@") and all(char in VALID_CHARS or char == "@" for char in stem)
+
+
+def check(name: str) -> str:
+    """Return the name if it is a valid unit name, else raise InvalidUnitName."""
+    if not is_valid(name):
+        raise InvalidUnitName(f"{name!r} is no valid unit name", hint="expected a name like postgresql.service")
+    return name
+
+
+def mangle(name: str) -> str:
+    """Return what a person typed as a unit name: without a known suffix it means a service.
+
+    Raises InvalidUnitName. Unlike systemctl this escapes nothing: a path is not a unit name here.
+    """
+    if not is_valid(name) and is_valid(f"{name}.service"):
+        return f"{name}.service"
+    return check(name)
+
+
+def unit_type(name: str) -> str:
+    """Return the suffix of a unit name, without the dot."""
+    return name.rpartition(".")[2]
+
+
+def template(name: str) -> str | None:
+    """Return foo@.service of foo@bar.service, None of a name that is no instance."""
+    stem, _, suffix = name.rpartition(".")
+    prefix, at, instance = stem.partition("@")
+    return f"{prefix}@.{suffix}" if at and instance else None
+
+
+def escape(text: str) -> str:
+    """Escape any text for use in a unit name (unit_name_escape())."""
+    out = []
+    for position, byte in enumerate(text.encode(errors="surrogateescape")):
+        char = chr(byte)
+        if char == "/":
+            out.append("-")
+        elif char in "-\\" or char not in VALID_CHARS or (char == "." and position == 0):
+            out.append(f"\\x{byte:02x}")
+        else:
+            out.append(char)
+    return "".join(out)
+
+
+def unescape(text: str) -> str:
+    """Undo escape() (unit_name_unescape()); an incomplete \\x stands for itself."""
+    data = text.encode(errors="surrogateescape").replace(b"-", b"/")
+    return ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), data).decode(errors="surrogateescape")
+
+
+def parent_slices(name: str) -> list[str]:
+    """Return a slice and those it lies in, nearest first: a-b.slice, a.slice, -.slice (slice_build_parent_slice())."""
+    if name == ROOT_SLICE:
+        return [ROOT_SLICE]
+    words = name.removesuffix(".slice").split("-")
+    return [f"{'-'.join(words[:count])}.slice" for count in range(len(words), 0, -1)] + [ROOT_SLICE]
+
+
+def machine_name(scope: str) -> str | None:
+    """Return the name of the virtual machine or container of a scope in machine.slice, None of another unit.
+
+    machine-qemu\\x2d7\\x2dweb01.scope is libvirt's domain web01, machine-db.scope a machine that registered
+    as db (systemd-machined(8)).
+    """
+    if not scope.startswith("machine-") or not scope.endswith(".scope"):
+        return None
+    name = unescape(scope.removeprefix("machine-").removesuffix(".scope"))
+    libvirt = LIBVIRT_MACHINE.fullmatch(name)
+    return libvirt[1] if libvirt else name or None
+
+
+def bus_label_escape(text: str) -> str:
+    """Escape any text for use as one element of an object path (bus_label_escape())."""
+    data = text.encode(errors="surrogateescape")
+    if not data:
+        return "_"
+    return "".join(
+        chr(byte) if chr(byte).isalpha() and byte < 128 or (position and chr(byte) in string.digits) else f"_{byte:02x}"
+        for position, byte in enumerate(data)
+    )
+
+
+def bus_label_unescape(label: str) -> str:
+    """Undo bus_label_escape()."""
+    if label == "_":
+        return ""
+    data = re.sub(rb"_([0-9a-fA-F]{2})", lambda match: bytes([int(match[1], 16)]), label.encode())
+    return data.decode(errors="surrogateescape")
