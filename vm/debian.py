@@ -73,7 +73,7 @@ def keyring() -> Path:
 
 
 class Renewed(HarnessError):
-    """The mirror no longer had a version that we knew of; the package lists are new now: look it up again."""
+    """The mirror no longer has a version that we knew of; the lists are new now: look it up again."""
 
 
 class Archive:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""tests/run: set up what the tests need and run them, one pytest a suite."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cgpolicy.error import UserError
+from vm.host import (
+    TREE,
+    cache_dir,
+    content_hash,
+    install_packages,
+    locked,
+    progress,
+    require_root,
+    run,
+    scratch_dir,
+)
+
+SUITES = ("unit", "bus", "vm", "kernel")
+
+HOST_PACKAGES = (
+    "dbus",
+    "gcc",
+    "libc6-dev",
+    "meson",
+    "ninja-build",
+    "pkgconf",
+    "python3-gi",
+    "python3-pydbus",
+    "python3-pystemd",
+    "python3-venv",
+    "systemd",
+)
+
+# From the Python index and pinned: with every release linters find new faults in old code.
+PYTHON_PACKAGES = ("hypothesis==6.170.15", "mypy==2.4.1", "pytest==8.3.5", "ruff==0.17.6")
+PYTHON = Path("/usr/bin/python3")  # the one that sees Debian's gi, pydbus and pystemd
+
+
+def environment() -> Path:
+    """Return the interpreter of a virtual environment with the test tools, made if it is not cached."""
+    path = cache_dir("python") / content_hash(sys.version, *PYTHON_PACKAGES)
+    if not path.exists():
+        with locked(f"python-{path.name}"):
+            if not path.exists():
+                make_environment(path)
+    return path / "bin/python"
+
+
+def make_environment(path: Path) -> None:
+    """Install the test tools; the directory is moved into place, which the interpreter's -m option survives."""
+    log = path.with_name(f"{path.name}.log")
+    progress(f"installing {', '.join(PYTHON_PACKAGES)} (log: {log})")
+    with scratch_dir("python") as scratch:
+        made = scratch / "environment"
+        run([PYTHON, "-m", "venv", "--system-site-packages", made], log=log)
+        run([made / "bin/python", "-m", "pip", "install", "--ignore-installed", *PYTHON_PACKAGES], log=log)
+        made.rename(path)
+
+
+def run_suite(python: Path, suite: str, options: Sequence[str]) -> int:
+    """Run one suite and return pytest's exit status, which is not 0 if it ran no test."""
+    print(f"== {suite}", flush=True)
+    command = [python, "-m", "pytest", TREE / "tests" / suite, *options]
+    return subprocess.run([str(word) for word in command], cwd=TREE, check=False).returncode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tests/run", description=__doc__)
+    parser.add_argument("suite", nargs="?", choices=(*SUITES, "all"), default="all")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="for pytest, such as -k NAME")
+    options = parser.parse_args(arguments)
+    try:
+        require_root()
+        install_packages(HOST_PACKAGES)
+        python = environment()
+    except UserError as error:
+        print(f"tests/run: {error}", file=sys.stderr)
+        return 1
+    suites = SUITES if options.suite == "all" else (options.suite,)
+    failed = [suite for suite in suites if run_suite(python, suite, options.options) != 0]
+    if failed:
+        print(f"tests/run: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A guest to run commands in, through vm/run as a user would.
+
+Booting costs 20 to 60 seconds: put several checks into one script, have it print what it sees as JSON, and
+assert on that on the host. A module-scoped fixture shares one boot between tests:
+
+    @pytest.fixture(scope="module")
+    def seen(guest: Guest) -> dict[str, Any]:
+        done = guest.script("policy.py")          # tests/vm/guest/policy.py, run as root in the guest
+        assert done.status == 0
+        return json.loads(done.stdout)
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vm.host import TREE
+
+SCRIPTS = Path(__file__).parent / "guest"
+TIMEOUT = 600.0  # seconds for a command in the guest
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a run of vm/run ended.
+
+    ``status`` is the command's, 99 if the kernel panicked (``stderr`` then has the console), 124 on timeout,
+    125 if the harness failed.
+    """
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Guest:
+    """Calls vm/run; every call boots a machine of its own."""
+
+    def run(
+        self,
+        *command: str,
+        kernel: str = "patched",
+        suite: str = "trixie",
+        packages: Sequence[str] = (),
+        share: Path | None = None,
+        timeout: float = TIMEOUT,
+        smp: int = 1,
+    ) -> Result:
+        """Run a command as root in a guest; what it said is in the report of a test that fails."""
+        options = ["--kernel", kernel, "--suite", suite, "--timeout", str(timeout), "--smp", str(smp)]
+        if packages:
+            options += ["--packages", ",".join(packages)]
+        if share:
+            options += ["--share", str(share)]
+        done = subprocess.run(
+            [TREE / "vm/run", *options, "--", *command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        print(f"$ {' '.join(command)}", done.stdout[-20000:], done.stderr[-20000:], sep="\n")
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def script(self, name: str, *arguments: str, kernel: str = "patched", smp: int = 1) -> Result:
+        """Run an executable file of tests/vm/guest/, which the guest sees at /mnt/share."""
+        return self.run(f"/mnt/share/{name}", *arguments, share=SCRIPTS, kernel=kernel, smp=smp)
+
+
+@pytest.fixture(scope="session")
+def guest() -> Guest:
+    """Provide a guest; see this module's docstring."""
+    return Guest()
