@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The cgroup file system: memory.failure_dirty_action, its neighbours, and notice of what changes.
+
+Cgroups are named as systemd's ControlGroup property names them: absolute, the root being "".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cgpolicy.action import Action, strictest
+from cgpolicy.error import NotSupported, WriteFailed
+
+POLICY_FILE = "memory.failure_dirty_action"
+EVENTS_FILE = "memory.events"
+
+# What this project last wrote, kept on the cgroup itself: it outlives the daemon and goes with the cgroup.
+# trusted.* needs CAP_SYS_ADMIN, so an unprivileged owner of a delegated cgroup cannot forge it.
+MARK = "trusted.cgpolicy"
+
+# systemd's own (src/core/cgroup.c, cgroup_xattr_apply()); saves a question to PID 1.
+INVOCATION_ID = ("trusted.invocation_id", "user.invocation_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Effective:
+    """The action that the kernel takes for a cgroup, and the cgroup on the path to the root whose file says so."""
+
+    action: Action
+    cgroup: str
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Counters of memory.events since the cgroup was made, its descendants included."""
+
+    failure_dirty: int = 0  # pages of dirty page cache lost
+    failure_dirty_kill: int = 0  # times that this cgroup was killed for it
+
+
+class CgroupTree:
+    """A mounted cgroup v2 hierarchy."""
+
+    def __init__(self, root: Path = Path("/sys/fs/cgroup")) -> None:
+        self.root = root
+
+    def path(self, cgroup: str) -> Path:
+        """Return the directory of a cgroup."""
+        return self.root / cgroup.lstrip("/")
+
+    def is_unified(self) -> bool:
+        """Tell whether this is a cgroup v2 hierarchy with the memory controller (cgroup.controllers of the root)."""
+        try:
+            return "memory" in (self.root / "cgroup.controllers").read_text().split()
+        except OSError:
+            return False
+
+    def is_supported(self) -> bool:
+        """Tell whether the kernel has memory.failure_dirty_action; the root cgroup itself never has."""
+        return any(True for _ in self.root.glob(f"*/{POLICY_FILE}"))
+
+    def exists(self, cgroup: str) -> bool:
+        return bool(cgroup) and self.path(cgroup).is_dir()
+
+    def read_action(self, cgroup: str) -> Action | None:
+        """Return a cgroup's own value, None where it has no such file (gone, or without the memory controller)."""
+        try:
+            return Action((self.path(cgroup) / POLICY_FILE).read_text().strip())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            # ENODEV: removed between open and read.
+            return None
+
+    def write_action(self, cgroup: str, action: Action) -> None:
+        """Set a cgroup's own value; raise NotSupported without the file and WriteFailed if the kernel refuses."""
+        path = self.path(cgroup) / POLICY_FILE
+        try:
+            # Not Path.write_text(): it would create a plain file where the kernel has none.
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise NotSupported(
+                f"{cgroup or '/'}: no {POLICY_FILE}",
+                hint="the cgroup is gone, lacks the memory controller (MemoryAccounting=yes), or the kernel the patch",
+            ) from None
+        except OSError as error:
+            raise WriteFailed(f"{path}: {error.strerror}") from None
+        try:
+            os.write(descriptor, action.encode())
+        except OSError as error:
+            raise WriteFailed(f"{path}: {error.strerror}", hint=f"while writing {action}") from None
+        finally:
+            os.close(descriptor)
+
+    def mark(self, cgroup: str, action: Action | None) -> None:
+        """Note on the cgroup what was last applied to it, None for nothing; a cgroup that is gone needs no note."""
+        with contextlib.suppress(OSError):
+            if action is None:
+                os.removexattr(self.path(cgroup), MARK)
+            else:
+                os.setxattr(self.path(cgroup), MARK, action.encode())
+
+    def marked(self, cgroup: str) -> Action | None:
+        """Return what mark() noted."""
+        try:
+            return Action(os.getxattr(self.path(cgroup), MARK).decode())
+        except (OSError, ValueError):
+            return None
+
+    def cgroup_id(self, cgroup: str) -> int:
+        """Return the kernel's id of a cgroup, 0 if it is gone; on 64 bit it is the directory's inode number."""
+        try:
+            return self.path(cgroup).stat().st_ino
+        except OSError:
+            return 0
+
+    def invocation_id(self, cgroup: str) -> str:
+        """Return the unit's InvocationID as systemd noted it on the cgroup, "" if it did not."""
+        for name in INVOCATION_ID:
+            with contextlib.suppress(OSError):
+                return os.getxattr(self.path(cgroup), name).decode(errors="replace")
+        return ""
+
+    def effective(self, cgroup: str) -> Effective:
+        """Return the strictest value on the path to the root, of equals the nearest (the kernel's rule)."""
+        values: list[tuple[str, Action]] = []
+        while cgroup.strip("/"):
+            action = self.read_action(cgroup)
+            if action is not None:
+                values.append((cgroup, action))
+            cgroup = cgroup.rpartition("/")[0]
+        action = strictest(value for _, value in values)
+        return Effective(action, next((name for name, value in values if value == action), ""))
+
+    def events(self, cgroup: str) -> Events:
+        """Return a cgroup's loss counters, zeros where there are none."""
+        try:
+            lines = (self.path(cgroup) / EVENTS_FILE).read_text().splitlines()
+        except OSError:
+            return Events()
+        values = dict(line.split() for line in lines if len(line.split()) == 2)
+        return Events(int(values.get("failure_dirty", 0)), int(values.get("failure_dirty_kill", 0)))
+
+    def find(self, cgroup_id: int) -> str | None:
+        """Return the cgroup with an id, None if there is none any more; walks the whole hierarchy."""
+        pending = [""]
+        while pending:
+            cgroup = pending.pop()
+            try:
+                with os.scandir(self.path(cgroup)) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            if entry.inode() == cgroup_id:
+                                return f"{cgroup}/{entry.name}"
+                            pending.append(f"{cgroup}/{entry.name}")
+            except OSError:
+                continue
+        return None
+
+
+def unit_of_directory(name: str) -> str:
+    """Return the unit that systemd means by a cgroup directory's name (cg_unescape(): a leading _ is dropped)."""
+    return name.removeprefix("_")
+
+
+IN_MODIFY = 0x2
+IN_CREATE = 0x100
+IN_Q_OVERFLOW = 0x4000
+IN_IGNORED = 0x8000
+IN_ONLYDIR = 0x1000000
+IN_ISDIR = 0x40000000
+EVENT = struct.Struct("iIII")  # inotify(7): wd, mask, cookie, length of the name
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One inotify event; overflow means that others were dropped and everything has to be looked at."""
+
+    cgroup: str
+    name: str
+    made_directory: bool
+    overflow: bool = False
+
+
+class CgroupWatch:
+    """inotify on cgroup directories: children made, and files written by programs or notified by the kernel."""
+
+    def __init__(self, tree: CgroupTree) -> None:
+        self.tree = tree
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd < 0:
+            raise NotSupported(f"inotify: {os.strerror(ctypes.get_errno())}", hint="see fs.inotify.max_user_instances")
+        self._by_cgroup: dict[str, int] = {}
+        self._by_descriptor: dict[int, str] = {}
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def add(self, cgroup: str) -> None:
+        """Watch a cgroup's directory; one that does not exist (any more) is left alone."""
+        path = os.fsencode(self.tree.path(cgroup))
+        descriptor = self._libc.inotify_add_watch(self._fd, path, IN_CREATE | IN_MODIFY | IN_ONLYDIR)
+        if descriptor >= 0:
+            self._by_cgroup[cgroup] = descriptor
+            self._by_descriptor[descriptor] = cgroup
+
+    def __contains__(self, cgroup: str) -> bool:
+        return cgroup in self._by_cgroup
+
+    def read(self) -> Iterator[Change]:
+        """Yield what has happened since the last call, without waiting."""
+        while True:
+            try:
+                data = os.read(self._fd, 65536)
+            except BlockingIOError:
+                return
+            position = 0
+            while position < len(data):
+                descriptor, mask, _, length = EVENT.unpack_from(data, position)
+                position += EVENT.size
+                name = os.fsdecode(data[position : position + length].rstrip(b"\0"))
+                position += length
+                if mask & IN_Q_OVERFLOW:
+                    yield Change("", "", False, overflow=True)
+                elif mask & IN_IGNORED:
+                    cgroup = self._by_descriptor.pop(descriptor, None)
+                    if cgroup is not None and self._by_cgroup.get(cgroup) == descriptor:
+                        del self._by_cgroup[cgroup]
+                elif descriptor in self._by_descriptor:
+                    yield Change(self._by_descriptor[descriptor], name, bool(mask & IN_CREATE and mask & IN_ISDIR))
+
+    def close(self) -> None:
+        os.close(self._fd)
