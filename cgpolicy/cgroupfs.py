@@ -19,6 +19,7 @@ from cgpolicy.error import NotSupported, WriteFailed
 
 POLICY_FILE = "memory.failure_dirty_action"
 EVENTS_FILE = "memory.events"
+CONTROL_FILE = "cgroup.subtree_control"
 
 # What this project last wrote, kept on the cgroup itself: it outlives the daemon and goes with the cgroup.
 # trusted.* needs CAP_SYS_ADMIN, so an unprivileged owner of a delegated cgroup cannot forge it.
@@ -147,20 +148,24 @@ class CgroupTree:
         values = dict(line.split() for line in lines if len(line.split()) == 2)
         return Events(int(values.get("failure_dirty", 0)), int(values.get("failure_dirty_kill", 0)))
 
+    def children(self, cgroup: str) -> list[str]:
+        """Return the names of the cgroups directly below one."""
+        try:
+            with os.scandir(self.path(cgroup)) as entries:
+                return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            return []
+
     def find(self, cgroup_id: int) -> str | None:
         """Return the cgroup with an id, None if there is none any more; walks the whole hierarchy."""
         pending = [""]
         while pending:
             cgroup = pending.pop()
-            try:
-                with os.scandir(self.path(cgroup)) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            if entry.inode() == cgroup_id:
-                                return f"{cgroup}/{entry.name}"
-                            pending.append(f"{cgroup}/{entry.name}")
-            except OSError:
-                continue
+            for name in self.children(cgroup):
+                child = f"{cgroup}/{name}"
+                if self.cgroup_id(child) == cgroup_id:
+                    return child
+                pending.append(child)
         return None
 
 
@@ -171,25 +176,48 @@ def unit_of_directory(name: str) -> str:
 
 IN_MODIFY = 0x2
 IN_CREATE = 0x100
+IN_DELETE = 0x200
 IN_Q_OVERFLOW = 0x4000
-IN_IGNORED = 0x8000
 IN_ONLYDIR = 0x1000000
 IN_ISDIR = 0x40000000
 EVENT = struct.Struct("iIII")  # inotify(7): wd, mask, cookie, length of the name
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """One inotify event; overflow means that others were dropped and everything has to be looked at."""
+class Made:
+    """A cgroup has appeared."""
+
+    parent: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A cgroup has gone."""
+
+    parent: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A program wrote to a file of a cgroup, perhaps this one."""
 
     cgroup: str
-    name: str
-    made_directory: bool
-    overflow: bool = False
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """Events were dropped: everything has to be looked at."""
 
 
 class CgroupWatch:
-    """inotify on cgroup directories: children made, and files written by programs or notified by the kernel."""
+    """inotify on cgroups: children that come and go, and single files that programs write.
+
+    Single files and not whole directories, since the kernel notifies memory.events up to a hundred times a second.
+    Watches are removed by hand when a cgroup goes: kernfs keeps inode and watch until then.
+    """
 
     def __init__(self, tree: CgroupTree) -> None:
         self.tree = tree
@@ -197,24 +225,40 @@ class CgroupWatch:
         self._fd = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._fd < 0:
             raise NotSupported(f"inotify: {os.strerror(ctypes.get_errno())}", hint="see fs.inotify.max_user_instances")
-        self._by_cgroup: dict[str, int] = {}
-        self._by_descriptor: dict[int, str] = {}
+        self._descriptors: dict[str, dict[str, int]] = {}  # by cgroup and file, "" being the directory
+        self._watched: dict[int, tuple[str, str]] = {}
 
     def fileno(self) -> int:
         return self._fd
 
-    def add(self, cgroup: str) -> None:
-        """Watch a cgroup's directory; one that does not exist (any more) is left alone."""
-        path = os.fsencode(self.tree.path(cgroup))
-        descriptor = self._libc.inotify_add_watch(self._fd, path, IN_CREATE | IN_MODIFY | IN_ONLYDIR)
-        if descriptor >= 0:
-            self._by_cgroup[cgroup] = descriptor
-            self._by_descriptor[descriptor] = cgroup
+    def add_children(self, cgroup: str) -> bool:
+        """Watch for cgroups made and removed in this one; return whether that is new."""
+        return self._add(cgroup, "", IN_CREATE | IN_DELETE | IN_ONLYDIR)
 
-    def __contains__(self, cgroup: str) -> bool:
-        return cgroup in self._by_cgroup
+    def add_file(self, cgroup: str, file: str) -> bool:
+        """Watch for writes to a file; return whether that is new."""
+        return self._add(cgroup, file, IN_MODIFY)
 
-    def read(self) -> Iterator[Change]:
+    def _add(self, cgroup: str, file: str, mask: int) -> bool:
+        if file in self._descriptors.get(cgroup, {}):
+            return False
+        path = self.tree.path(cgroup) / file if file else self.tree.path(cgroup)
+        descriptor = self._libc.inotify_add_watch(self._fd, os.fsencode(path), mask)
+        if descriptor < 0:
+            return False  # gone again, or the file is not there: its parent's events tell when it is
+        self._descriptors.setdefault(cgroup, {})[file] = descriptor
+        self._watched[descriptor] = cgroup, file
+        return True
+
+    def drop(self, cgroup: str) -> None:
+        """Give up the watches of a cgroup and of those below it."""
+        below = f"{cgroup}/"
+        for name in [name for name in self._descriptors if name == cgroup or name.startswith(below)]:
+            for descriptor in self._descriptors.pop(name).values():
+                del self._watched[descriptor]
+                self._libc.inotify_rm_watch(self._fd, descriptor)
+
+    def read(self) -> Iterator[Made | Removed | Written | Overflow]:
         """Yield what has happened since the last call, without waiting."""
         while True:
             try:
@@ -228,13 +272,15 @@ class CgroupWatch:
                 name = os.fsdecode(data[position : position + length].rstrip(b"\0"))
                 position += length
                 if mask & IN_Q_OVERFLOW:
-                    yield Change("", "", False, overflow=True)
-                elif mask & IN_IGNORED:
-                    cgroup = self._by_descriptor.pop(descriptor, None)
-                    if cgroup is not None and self._by_cgroup.get(cgroup) == descriptor:
-                        del self._by_cgroup[cgroup]
-                elif descriptor in self._by_descriptor:
-                    yield Change(self._by_descriptor[descriptor], name, bool(mask & IN_CREATE and mask & IN_ISDIR))
+                    yield Overflow()
+                    continue
+                cgroup, file = self._watched.get(descriptor, ("", ""))
+                if mask & IN_CREATE and mask & IN_ISDIR and descriptor in self._watched:
+                    yield Made(cgroup, name)
+                elif mask & IN_DELETE and mask & IN_ISDIR and descriptor in self._watched:
+                    yield Removed(cgroup, name)
+                elif mask & IN_MODIFY and file:
+                    yield Written(cgroup, file)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The face on the system bus: org.cgpolicy1.Manager and one org.cgpolicy1.Unit object a unit.
+
+pydbus gives the connection, the name and the subscriptions. Its objects answer a call by returning, so that one
+polkit prompt would hold up every other client; and it never frees them. These objects are therefore registered on
+pydbus's connection with Gio, where an answer can come later and an object can go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fnmatch
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from typing import Any
+
+from gi.repository import Gio, GLib
+
+from cgpolicy import __version__
+from cgpolicy.action import Action
+from cgpolicy.error import NoSuchUnit, NotSupported, UserError
+from cgpolicy.policyfile import PolicyFiles
+from cgpolicy.polkit import Authority
+from cgpolicy.reconciler import Reconciler, State, Unit
+from cgpolicy.systemd import UnitFacts
+from cgpolicy.systemd_watch import SystemdWatch
+from cgpolicy.unitname import POLICY_TYPES, bus_label_escape, check, unit_type
+
+NAME = "org.cgpolicy1"
+MANAGER_PATH = "/org/cgpolicy1"
+UNIT_PATH = f"{MANAGER_PATH}/unit/"
+MANAGER = f"{NAME}.Manager"
+UNIT = f"{NAME}.Unit"
+PROPERTIES = "org.freedesktop.DBus.Properties"
+STANDARD_ERROR = "org.freedesktop.DBus.Error."
+
+NO_RELOAD = 1  # flag bit 0 of the methods that write: do not ask systemd to reload
+MATCHES_MAX = 1024  # patterns of one ListUnits call
+
+INTERFACES = Gio.DBusNodeInfo.new_for_xml(resources.files("cgpolicy").joinpath(f"{NAME}.xml").read_text())
+
+
+class Refused(UserError):
+    """A call that is wrong in itself; answered with one of D-Bus's standard errors."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.dbus_name = f"{STANDARD_ERROR}{name}"
+
+
+def free_after_reply(invocation: Any) -> None:
+    """Drop the reference to an answered call that PyGObject leaves behind.
+
+    Every incoming call leaks about 2 KiB otherwise, so that any client could make this process grow.
+    GLib 2.84 takes the reference itself.
+    """
+    if (GLib.MAJOR_VERSION, GLib.MINOR_VERSION) < (2, 84):
+        _gobject.g_object_unref(ctypes.c_void_p(hash(invocation)))
+
+
+_gobject = ctypes.CDLL("libgobject-2.0.so.0")
+
+
+def reply(invocation: Any, value: Any) -> None:
+    invocation.return_value(value)
+    free_after_reply(invocation)
+
+
+def reply_error(invocation: Any, error: UserError) -> None:
+    name = error.dbus_name if isinstance(error, Refused) else f"{NAME}.Error.{error.bus_name}"
+    invocation.return_dbus_error(name, str(error))
+    free_after_reply(invocation)
+
+
+def unit_path(unit: str) -> str:
+    """Return the path of a unit's object."""
+    return UNIT_PATH + bus_label_escape(unit)
+
+
+class BusFace:
+    """Publishes a reconciler, and carries out what clients ask and may."""
+
+    def __init__(
+        self, bus: Any, reconciler: Reconciler, watch: SystemdWatch, authority: Authority, files: PolicyFiles,
+        refresh: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._connection = bus.con
+        self._reconciler = reconciler
+        self._watch = watch
+        self._authority = authority
+        self._files = files
+        self._refresh = refresh
+        self._registered: dict[str, int] = {}
+        self._last: dict[str, dict[str, Any]] = {}
+        self._manager_last: dict[str, Any] = {}
+        self._register(MANAGER_PATH, MANAGER, self._manager_call, self._manager_property)
+        for unit in reconciler.units.values():
+            self._publish(unit)
+        self._manager_last = self._manager_changing()
+
+    def _register(self, path: str, interface: str, call: Any, get: Any) -> int:
+        # Without a setter GDBus hands Properties.Set to the method handler, which can answer later.
+        number = self._connection.register_object(path, INTERFACES.lookup_interface(interface), call, get, None)
+        return int(number)
+
+    # What others see --------------------------------------------------------------------------
+
+    def _publish(self, unit: Unit) -> None:
+        if unit.name not in self._registered:
+            path = unit_path(unit.name)
+            self._registered[unit.name] = self._register(
+                path, UNIT, partial(self._unit_call, unit.name), partial(self._unit_property, unit.name)
+            )
+        self._last[unit.name] = self._unit_changing(unit)
+
+    def unit_changed(self, unit: Unit) -> None:
+        """Publish a unit, or tell what of it changed."""
+        known = self._last.get(unit.name)
+        self._publish(unit)
+        now = self._last[unit.name]
+        changed = {name: value for name, value in now.items() if known is not None and value != known.get(name)}
+        if changed:
+            self._emit(unit_path(unit.name), PROPERTIES, "PropertiesChanged",
+                       GLib.Variant("(sa{sv}as)", (UNIT, changed, [])))
+        if known is not None or unit.configured:
+            self._emit(MANAGER_PATH, MANAGER, "UnitPolicyChanged", GLib.Variant(
+                "(ssss)", (unit.name, unit.configured, str(unit.effective.action), str(unit.state))))
+        self._manager_changed()
+
+    def unit_removed(self, name: str) -> None:
+        """Take a unit's object away."""
+        number = self._registered.pop(name, None)
+        if number is not None:
+            self._connection.unregister_object(number)
+        self._last.pop(name, None)
+        self._manager_changed()
+
+    def data_lost(self, unit: str, cgroup: str, cgroup_id: int, action: str, pages: int, detail: dict[str, Any]) -> None:
+        """Send DirtyDataLost; detail's values are variants."""
+        self._emit(MANAGER_PATH, MANAGER, "DirtyDataLost",
+                   GLib.Variant("(sststa{sv})", (unit, cgroup, cgroup_id, action, pages, detail)))
+
+    def manager_changed(self) -> None:
+        """Tell what changed of the Manager's properties, the backend for one."""
+        self._manager_changed()
+
+    def _emit(self, path: str, interface: str, signal: str, values: Any) -> None:
+        self._connection.emit_signal(None, path, interface, signal, values)
+
+    def backend(self) -> tuple[str, str]:
+        """Return the backend and its enforcement."""
+        return ("kernel", "synchronous") if self._reconciler.supported else ("none", "none")
+
+    def _manager_changing(self) -> dict[str, Any]:
+        backend, enforcement = self.backend()
+        units = self._reconciler.units.values()
+        return {
+            "Backend": GLib.Variant("s", backend),
+            "Enforcement": GLib.Variant("s", enforcement),
+            "NUnits": GLib.Variant("u", sum(1 for unit in units if unit.configured)),
+            "NFailed": GLib.Variant("u", sum(1 for unit in units if unit.state in (State.FAILED, State.NO_CONTROLLER))),
+        }
+
+    def _manager_changed(self) -> None:
+        now = self._manager_changing()
+        changed = {name: value for name, value in now.items() if value != self._manager_last.get(name)}
+        self._manager_last = now
+        if changed:
+            self._emit(MANAGER_PATH, PROPERTIES, "PropertiesChanged", GLib.Variant("(sa{sv}as)", (MANAGER, changed, [])))
+
+    def _manager_property(self, connection: Any, sender: str, path: str, interface: str, name: str) -> Any:
+        if name == "Version":
+            return GLib.Variant("s", __version__)
+        return self._manager_changing()[name]
+
+    def _unit_changing(self, unit: Unit) -> dict[str, Any]:
+        kind, path, line = unit.source
+        return {
+            "MemoryFailureDirtyAction": GLib.Variant("s", unit.configured),
+            "Source": GLib.Variant("s", str(kind)),
+            "SourcePath": GLib.Variant("s", path),
+            "SourceLine": GLib.Variant("u", line),
+            "EffectiveAction": GLib.Variant("s", str(unit.effective.action)),
+            "EffectiveFrom": GLib.Variant("s", unit.effective.cgroup),
+            "ControlGroup": GLib.Variant("s", unit.facts.cgroup),
+            "ControlGroupId": GLib.Variant("t", unit.cgroup_id),
+            "State": GLib.Variant("s", str(unit.state)),
+            "LastError": GLib.Variant("s", unit.error),
+        }
+
+    def _unit_property(self, unit_name: str, connection: Any, sender: str, path: str, interface: str, name: str) -> Any:
+        unit = self._reconciler.units.get(unit_name)
+        if unit is None:
+            return None
+        if name == "Id":
+            return GLib.Variant("s", unit.name)
+        if name == "FailureDirty":
+            return GLib.Variant("t", self._reconciler.events(unit).failure_dirty)
+        if name == "FailureDirtyKill":
+            return GLib.Variant("t", self._reconciler.events(unit).failure_dirty_kill)
+        return self._unit_changing(unit)[name]
+
+    # What others ask --------------------------------------------------------------------------
+
+    def _manager_call(
+        self, connection: Any, sender: str, path: str, interface: str, method: str, arguments: Any, invocation: Any
+    ) -> None:
+        if interface == PROPERTIES:
+            reply_error(invocation, Refused("PropertyReadOnly", "the Manager's properties are read-only"))
+            return
+        methods: dict[str, Callable[..., None]] = {
+            "SetUnitPolicy": self._set_unit,
+            "UnsetUnitPolicy": self._unset_unit,
+            "SetMachinePolicy": self._set_machine,
+            "UnsetMachinePolicy": self._unset_machine,
+            "GetUnit": self._get_unit,
+            "ListUnits": self._list_units,
+            "Explain": self._explain,
+            "Reload": self._reload,
+        }
+        self._guarded(invocation, methods[method], invocation, *arguments.unpack())
+
+    def _unit_call(
+        self, unit: str, connection: Any, sender: str, path: str, interface: str, method: str, arguments: Any,
+        invocation: Any,
+    ) -> None:
+        # The interface has no methods: this is Properties.Set.
+        _, name, value = arguments.unpack()
+        if name != "MemoryFailureDirtyAction":
+            reply_error(invocation, Refused("PropertyReadOnly", f"{name} is read-only"))
+        elif not value:
+            self._guarded(invocation, self._unset_unit, invocation, unit, False, 0)
+        else:
+            self._guarded(invocation, self._set_unit, invocation, unit, value, False, 0)
+
+    def _guarded(self, invocation: Any, step: Callable[..., None], *arguments: Any) -> None:
+        """Run one step of a call; whatever goes wrong becomes its answer, and the daemon lives on."""
+        try:
+            step(*arguments)
+        except UserError as error:
+            reply_error(invocation, error)
+        except Exception as error:
+            reply_error(invocation, UserError(f"internal error: {error}", hint="see journalctl -u cgpolicyd"))
+            raise
+
+    def _authorized(
+        self, invocation: Any, verb: str, unit: str, action: str, then: Callable[[], None], *, now: str = ""
+    ) -> None:
+        """Go on with then() once polkit agrees, which may take as long as a person takes.
+
+        To take a panic away (now: what is configured so far) needs as much as to arm one.
+        """
+        panic = Action.PANIC in (action, now)
+        action_id = f"{NAME}.{'set-panic' if panic else 'set-policy'}"
+        flags = invocation.get_message().get_flags()
+        interactive = bool(flags & Gio.DBusMessageFlags.ALLOW_INTERACTIVE_AUTHORIZATION)
+
+        def answered(error: UserError | None) -> None:
+            if error is not None:
+                reply_error(invocation, error)
+            else:
+                self._guarded(invocation, then)
+
+        details = {"unit": unit, "action": action, "verb": verb}
+        self._authority.check(invocation.get_sender(), action_id, details, interactive, answered)
+
+    def _with_unit(self, invocation: Any, name: str, then: Callable[[Unit], None]) -> None:
+        """Go on with a unit that exists and can have a policy, loading it if need be."""
+        if unit_type(check(name)) not in POLICY_TYPES:
+            raise NotSupported(f"{name}: a {unit_type(name)} unit has no control group")
+        if name in self._reconciler.units:
+            then(self._reconciler.units[name])
+            return
+
+        def loaded(facts: UnitFacts | None) -> None:
+            if facts is None or not facts.exists:
+                error = NoSuchUnit(f"{name}: systemd has no such unit", hint="see systemctl list-unit-files")
+                reply_error(invocation, error)
+                return
+            self._reconciler.load(facts)
+            self._guarded(invocation, then, self._reconciler.units[name])
+
+        self._watch.read(name, loaded)
+
+    def _set_unit(self, invocation: Any, name: str, word: str, runtime: bool, flags: int) -> None:
+        action = Action.parse(word)
+        check_flags(flags)
+
+        def write(unit: Unit) -> None:
+            path = self._files.write_unit(name, action, runtime=runtime)
+            self._written(unit, with_drop_in(unit.facts.files, str(path)), flags)
+            reply(invocation, None)
+
+        self._with_unit(invocation, name, lambda unit: self._authorized(
+            invocation, "set", name, action, lambda: write(unit), now=unit.configured))
+
+    def _unset_unit(self, invocation: Any, name: str, runtime: bool, flags: int) -> None:
+        check_flags(flags)
+
+        def remove(unit: Unit) -> None:
+            path = self._files.remove_unit(name, runtime=runtime)
+            self._written(unit, tuple(file for file in unit.facts.files if file != str(path)), flags)
+            reply(invocation, None)
+
+        self._with_unit(invocation, name, lambda unit: self._authorized(
+            invocation, "unset", name, "", lambda: remove(unit), now=unit.configured))
+
+    def _written(self, unit: Unit, files: tuple[str, ...], flags: int) -> None:
+        """Apply what was just written, before systemd knows of it."""
+        if unit.name in self._reconciler.units:
+            self._reconciler.reread(unit.name, files)
+        if not flags & NO_RELOAD:
+            self._watch.reload()
+
+    def _set_machine(self, invocation: Any, machine: str, word: str, flags: int) -> None:
+        action = Action.parse(word)
+        check_flags(flags)
+        self._files.check_machine(machine)
+
+        def write() -> None:
+            self._files.write_machine(machine, action)
+            self._reconciler.sweep()
+            reply(invocation, None)
+
+        self._authorized(invocation, "set", machine, action, write)
+
+    def _unset_machine(self, invocation: Any, machine: str, flags: int) -> None:
+        check_flags(flags)
+        self._files.check_machine(machine)
+
+        def remove() -> None:
+            self._files.remove_machine(machine)
+            self._reconciler.sweep()
+            reply(invocation, None)
+
+        self._authorized(invocation, "unset", machine, "", remove)
+
+    def _get_unit(self, invocation: Any, name: str) -> None:
+        def answer(unit: Unit) -> None:
+            self._publish(unit)
+            reply(invocation, GLib.Variant("(o)", (unit_path(unit.name),)))
+
+        self._with_unit(invocation, name, answer)
+
+    def _list_units(self, invocation: Any, patterns: list[str]) -> None:
+        if len(patterns) > MATCHES_MAX:
+            raise Refused("LimitsExceeded", f"at most {MATCHES_MAX} patterns in one call")
+        rows = []
+        for name, unit in sorted(self._reconciler.units.items()):
+            if patterns and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                continue
+            kind, _, _ = unit.source
+            rows.append((name, unit.configured, str(kind), str(unit.effective.action), str(unit.state), unit_path(name)))
+        reply(invocation, GLib.Variant("(a(ssssso))", (rows,)))
+
+    def _explain(self, invocation: Any, name: str) -> None:
+        def answer(unit: Unit) -> None:
+            rows = [(str(c.kind), c.path, c.line, c.value, c.verdict) for c in unit.decision.candidates]
+            rows += [("problem", problem.path, problem.line, "", problem.message) for problem in unit.decision.problems]
+            effective = unit.effective
+            if effective.cgroup and effective.cgroup != unit.facts.cgroup:
+                verdict = f"effective: stricter than the unit's own, by {effective.cgroup}"
+                rows.append(("cgroup", effective.cgroup, 0, str(effective.action), verdict))
+            reply(invocation, GLib.Variant("(a(ssuss))", (rows,)))
+
+        self._with_unit(invocation, name, answer)
+
+    def _reload(self, invocation: Any) -> None:
+        self._authorized(invocation, "reload", "", "", lambda: self._refresh(lambda: reply(invocation, None)))
+
+
+def check_flags(flags: int) -> None:
+    if flags & ~NO_RELOAD:
+        raise Refused("InvalidArgs", f"unknown flags {flags:#x}; bit 0: do not ask systemd to reload")
+
+
+def with_drop_in(files: tuple[str, ...], path: str) -> tuple[str, ...]:
+    """Return a unit's files with a drop-in of ours, in the place where systemd will put it.
+
+    Drop-ins are sorted bytewise by their base names, and of one base name only one counts (systemd.unit(5)).
+    """
+
+    def base(file: str) -> str:
+        return file.rpartition("/")[2]
+
+    def is_drop_in(file: str) -> bool:
+        return file.rpartition("/")[0].endswith(".d")
+
+    fragment = [file for file in files if not is_drop_in(file)]
+    drop_ins = [file for file in files if is_drop_in(file) and base(file) != base(path)]
+    return (*fragment, *sorted([*drop_ins, path], key=lambda file: base(file).encode()))

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The one state machine: what each unit's cgroup should say, what it says, and what is done about a difference.
+
+Knows neither D-Bus nor GLib; the daemon feeds it facts and passes on what it reports.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from cgpolicy.action import Action
+from cgpolicy.cgroupfs import CgroupTree, Effective, Events, unit_of_directory
+from cgpolicy.error import NotSupported, UserError
+from cgpolicy.policyfile import PolicyFiles
+from cgpolicy.resolve import UNDECIDED, Decision, SourceKind, resolve
+from cgpolicy.setting import UNSET, Setting, read_setting
+from cgpolicy.systemd import UnitFacts, read_files
+from cgpolicy.unitfile import Problem
+from cgpolicy.unitname import machine_name, parent_slices, unit_type
+
+# Cgroups whose owner is remembered after they are gone: a loss is read a moment after the kill.
+REMEMBERED = 4096
+
+
+class State(enum.StrEnum):
+    """How far a unit's policy has come; see org.cgpolicy1(5)."""
+
+    APPLIED = "applied"
+    UNSET = "unset"
+    INACTIVE = "inactive"
+    NO_CONTROLLER = "no-controller"
+    NOT_ENFORCED = "not-enforced"
+    DEFAULT = "default"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Unit:
+    """A unit with what is wanted of it (own, decision) and what is seen (the rest)."""
+
+    facts: UnitFacts
+    own: Setting = UNSET
+    decision: Decision = UNDECIDED
+    state: State = State.INACTIVE
+    error: str = ""
+    effective: Effective = Effective(Action.CONTINUE, "")
+    cgroup_id: int = 0
+    corrected: bool = False  # put right once in this cgroup; not a second time
+    reported: frozenset[Problem] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+    @property
+    def configured(self) -> str:
+        """The action as shown to people: a slice's is the default for the units below it; "" if unset."""
+        if unit_type(self.name) == "slice":
+            return self.own.action or ""
+        return self.decision.action or ""
+
+    @property
+    def source(self) -> tuple[SourceKind, str, int]:
+        """Where the configured action is written: kind, file, line."""
+        if unit_type(self.name) == "slice" and self.own.action is not None:
+            return SourceKind.UNIT_FILE, self.own.path, self.own.line
+        return self.decision.kind, self.decision.path, self.decision.line
+
+    def visible(self) -> tuple[object, ...]:
+        """What a client can see without reading counters; a change of it is worth a signal."""
+        return (self.configured, self.source, self.state, self.error, self.effective, self.facts.cgroup, self.cgroup_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose cgroup an id was: the unit, that very invocation of it, and the cgroup's path."""
+
+    unit: str
+    invocation_id: str
+    cgroup: str
+
+
+@dataclass(slots=True)
+class Reports:
+    """Where the reconciler tells what it saw; the daemon puts D-Bus signals and the journal here."""
+
+    changed: Callable[[Unit], None] = lambda unit: None
+    removed: Callable[[str], None] = lambda name: None
+    problem: Callable[[str, Problem], None] = lambda name, problem: None
+    interference: Callable[[Unit, Action], None] = lambda unit, found: None
+    settled: Callable[[Unit], None] = lambda unit: None
+
+
+@dataclass(slots=True)
+class Reconciler:
+    """Holds every loaded unit and keeps the cgroup files in step with what the units' files say."""
+
+    tree: CgroupTree
+    files: PolicyFiles
+    reports: Reports = field(default_factory=Reports)
+    machine_uuid: Callable[[str], str | None] = lambda unit: None
+    units: dict[str, Unit] = field(default_factory=dict)
+    supported: bool = True
+    _created: dict[str, str] = field(default_factory=dict)
+    _owners: OrderedDict[int, Owner] = field(default_factory=OrderedDict)
+
+    # What comes in ----------------------------------------------------------------------------
+
+    def replace_all(self, units: Iterable[UnitFacts]) -> None:
+        """Take a complete picture, as at the start and after systemd has reloaded."""
+        self.supported = self.tree.is_supported()
+        fresh = {facts.name: facts for facts in units}
+        for name in [name for name in self.units if name not in fresh]:
+            self.remove(name)
+        for facts in fresh.values():
+            self._store(facts)
+        for unit in list(self.units.values()):
+            self._settle(unit)
+
+    def load(self, facts: UnitFacts) -> None:
+        """Take one unit's facts, new or read again."""
+        if not facts.exists:
+            self.remove(facts.name)
+            return
+        if not facts.cgroup and self.tree.exists(self._created.get(facts.name, "")):
+            # The directory was seen before PID 1 could say so.
+            facts = replace(facts, cgroup=self._created[facts.name])
+        default_before = self.units[facts.name].own.action if facts.name in self.units else None
+        unit = self._store(facts)
+        self._settle(unit)
+        if unit_type(facts.name) == "slice" and unit.own.action != default_before:
+            for other in self.units_below(facts.name):
+                self._settle(other)
+
+    def remove(self, name: str) -> None:
+        """Forget a unit that PID 1 has unloaded."""
+        self._created.pop(name, None)
+        if self.units.pop(name, None) is not None:
+            self.reports.removed(name)
+
+    def cgroup_created(self, parent: str, directory: str) -> None:
+        """Apply to a cgroup that has just appeared in a slice, from what is known, without asking anybody."""
+        name, cgroup = unit_of_directory(directory), f"{parent}/{directory}"
+        unit = self.units.get(name)
+        if unit is None:
+            self._created[name] = cgroup
+            return
+        unit.facts = replace(unit.facts, cgroup=cgroup)
+        self._settle(unit)
+
+    def cgroup_removed(self, parent: str, directory: str) -> None:
+        """Note that a unit has lost its cgroup: it ended, or is on its way to a new one."""
+        name, cgroup = unit_of_directory(directory), f"{parent}/{directory}"
+        if self._created.get(name) == cgroup:
+            del self._created[name]
+        self.cgroup_written(cgroup)
+
+    def controllers_changed(self, slice_cgroup: str) -> None:
+        """Look again at the units of a slice whose cgroup.subtree_control was written."""
+        for unit in list(self.units.values()):
+            if unit.facts.cgroup.rpartition("/")[0] == slice_cgroup:
+                self._settle(unit)
+
+    def cgroup_written(self, cgroup: str) -> None:
+        """Compare a cgroup with what it should say: somebody wrote its file, or its counters moved."""
+        for unit in list(self.units.values()):
+            if unit.facts.cgroup == cgroup:
+                self._settle(unit)
+
+    def look_again(self, name: str) -> None:
+        """Decide anew for one unit, of which something else has become known."""
+        if name in self.units:
+            self._settle(self.units[name])
+
+    def reread(self, name: str, files: tuple[str, ...] | None = None) -> Unit:
+        """Read a unit's files anew, with another list of them if given, and forgive earlier interference."""
+        unit = self.units[name]
+        unit.corrected = False
+        self.load(unit.facts if files is None else replace(unit.facts, files=files))
+        return self.units[name]
+
+    def sweep(self) -> None:
+        """Look at everything: for events that were lost, and for certainty."""
+        self.supported = self.supported or self.tree.is_supported()
+        for unit in list(self.units.values()):
+            self._settle(unit)
+
+    # What is known ----------------------------------------------------------------------------
+
+    def units_below(self, slice_name: str) -> Iterator[Unit]:
+        """Yield the units for which a slice is on the path to the root slice."""
+        for unit in list(self.units.values()):
+            if unit.facts.slice and slice_name in parent_slices(unit.facts.slice):
+                yield unit
+
+    def owner(self, cgroup_id: int) -> Owner | None:
+        """Return whose cgroup this is or lately was; a cgroup below a unit's belongs to the unit."""
+        if cgroup_id in self._owners:
+            return self._owners[cgroup_id]
+        cgroup = self.tree.find(cgroup_id)
+        above = cgroup or ""
+        by_cgroup = {unit.facts.cgroup: unit for unit in self.units.values() if unit.facts.cgroup}
+        while above:
+            unit = by_cgroup.get(above)
+            if unit is not None and unit_type(unit.name) != "slice":
+                return Owner(unit.name, self.tree.invocation_id(above), cgroup or "")
+            above = above.rpartition("/")[0]
+        return Owner("", "", cgroup) if cgroup else None
+
+    def events(self, unit: Unit) -> Events:
+        """Return the kernel's loss counters of a unit's present cgroup."""
+        return self.tree.events(unit.facts.cgroup) if unit.facts.cgroup else Events()
+
+    # The machine ------------------------------------------------------------------------------
+
+    def _store(self, facts: UnitFacts) -> Unit:
+        unit = self.units.get(facts.name)
+        if unit is None:
+            unit = self.units[facts.name] = Unit(facts)
+        unit.facts = facts
+        unit.own = read_files(facts.files)
+        return unit
+
+    def _rule(self, key: str | None) -> Setting | None:
+        rule = self.files.machine_rule(key) if key else None
+        return read_setting([rule]) if rule else None
+
+    def _settle(self, unit: Unit) -> None:
+        """Decide, apply, look, and report if anything that a client can see is different."""
+        before = unit.visible()
+        by_uuid, by_name = self._rule(self.machine_uuid(unit.name)), self._rule(machine_name(unit.name))
+        unit.decision = resolve(
+            unit.name,
+            unit.own,
+            machine_uuid=by_uuid,
+            machine_name=by_name,
+            slices=[
+                (name, self.units[name].own)
+                for name in (parent_slices(unit.facts.slice) if unit.facts.slice else [])
+                if name in self.units
+            ],
+        )
+        problems = [problem for setting in (unit.own, by_uuid, by_name) if setting for problem in setting.problems]
+        for problem in problems:
+            if problem not in unit.reported:
+                self.reports.problem(unit.name, problem)
+        unit.reported = frozenset(problems)
+        self._apply(unit)
+        self.reports.settled(unit)
+        unit.effective = self.tree.effective(unit.facts.cgroup)
+        if unit.visible() != before:
+            self.reports.changed(unit)
+
+    def _apply(self, unit: Unit) -> None:
+        cgroup_id = self.tree.cgroup_id(unit.facts.cgroup) if unit.facts.cgroup else 0
+        if cgroup_id != unit.cgroup_id:
+            unit.cgroup_id, unit.corrected = cgroup_id, False
+            if cgroup_id:
+                self._remember(unit)
+        unit.error = ""
+        try:
+            unit.state = self._write_difference(unit)
+        except NotSupported as error:
+            # The file was there a moment ago: the unit stops, or the controller was turned off.
+            unit.state = State.NO_CONTROLLER if self.tree.exists(unit.facts.cgroup) else State.INACTIVE
+            unit.error = str(error) if unit.state is State.NO_CONTROLLER else ""
+        except UserError as error:
+            unit.state, unit.error = State.FAILED, str(error)
+
+    def _write_difference(self, unit: Unit) -> State:
+        """Bring a cgroup's file in line with the decision and return what the unit's state then is."""
+        wanted, cgroup = unit.decision.action, unit.facts.cgroup
+        if unit_type(unit.name) == "slice" and unit.own.action is not None:
+            unset: State = State.DEFAULT
+        else:
+            unset = State.UNSET
+        if not unit.cgroup_id:
+            return unset if wanted is None else State.INACTIVE
+        if not self.supported:
+            return unset if wanted is None else State.NOT_ENFORCED
+        found = self.tree.read_action(cgroup)
+        ours = self.tree.marked(cgroup)
+        if wanted is None:
+            # Nothing configured: not touched, unless it was configured before.
+            if ours is not None:
+                if found == ours:
+                    self.tree.write_action(cgroup, Action.CONTINUE)
+                self.tree.mark(cgroup, None)
+            return unset
+        if found is None:
+            unit.error = f"{cgroup} has no memory controller; set MemoryAccounting=yes for it and its slice"
+            return State.NO_CONTROLLER
+        if found != wanted:
+            if ours == wanted:
+                if unit.corrected:
+                    unit.error = f"{cgroup}: changed to {found} by somebody else again; cgpolicy set puts it right"
+                    return State.FAILED
+                unit.corrected = True
+                self.reports.interference(unit, found)
+            self.tree.write_action(cgroup, wanted)
+        if ours != wanted:
+            self.tree.mark(cgroup, wanted)
+        return State.APPLIED
+
+    def _remember(self, unit: Unit) -> None:
+        cgroup = unit.facts.cgroup
+        self._owners[unit.cgroup_id] = Owner(unit.name, self.tree.invocation_id(cgroup), cgroup)
+        self._owners.move_to_end(unit.cgroup_id)
+        while len(self._owners) > max(REMEMBERED, 2 * len(self.units)):
+            self._owners.popitem(last=False)

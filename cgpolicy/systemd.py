@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What systemd's PID 1 says of units (org.freedesktop.systemd1(5)), read with pystemd.
+
+For one look at a time, with or without the daemon; the daemon's own running picture is systemd_watch.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cgpolicy.error import NotSupported, UserError
+from cgpolicy.setting import Setting, read_setting
+from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, bus_label_escape, check, unit_type
+
+SERVICE = "org.freedesktop.systemd1"
+MANAGER_PATH = "/org/freedesktop/systemd1"
+MANAGER = "org.freedesktop.systemd1.Manager"
+UNIT = "org.freedesktop.systemd1.Unit"
+
+INTERFACES = {kind: f"{SERVICE}.{kind.capitalize()}" for kind in POLICY_TYPES}
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFacts:
+    """One unit as PID 1 knows it.
+
+    files: the fragment and then the drop-ins, in the order in which systemd applies them. cgroup: absolute,
+    "" while there is none (and "/" never: the root slice's is "" too). slice: "" of the root slice itself.
+    """
+
+    name: str
+    load_state: str
+    files: tuple[str, ...] = ()
+    slice: str = ""
+    cgroup: str = ""
+
+    @property
+    def exists(self) -> bool:
+        """Tell whether the unit has a file or runs; systemd answers for any valid name, with LoadState=not-found."""
+        return self.load_state not in ("not-found", "bad-setting", "error") or bool(self.cgroup)
+
+
+def unit_path(unit: str) -> str:
+    """Return the object path at which PID 1 shows a unit (unit_dbus_path())."""
+    return f"{MANAGER_PATH}/unit/{bus_label_escape(unit)}"
+
+
+def properties(unit: str) -> list[tuple[str, str, str]]:
+    """Return the (interface, name, signature) of what UnitFacts needs.
+
+    One Get each: GetAll makes PID 1 collect hundreds of properties and costs several times more than these.
+    """
+    interface = INTERFACES[unit_type(unit)]
+    return [
+        (UNIT, "LoadState", "s"),
+        (UNIT, "FragmentPath", "s"),
+        (UNIT, "DropInPaths", "as"),
+        (interface, "Slice", "s"),
+        (interface, "ControlGroup", "s"),
+    ]
+
+
+def facts(unit: str, values: dict[str, object]) -> UnitFacts:
+    """Make UnitFacts of the values of properties()."""
+    fragment, drop_ins = str(values["FragmentPath"]), values["DropInPaths"]
+    assert isinstance(drop_ins, list)
+    files = [path for path in (fragment, *map(str, drop_ins)) if path]
+    parent = str(values["Slice"])
+    if unit_type(unit) == "slice" and unit != ROOT_SLICE and not parent:
+        parent = ROOT_SLICE
+    cgroup = str(values["ControlGroup"])
+    return UnitFacts(unit, str(values["LoadState"]), tuple(files), parent, "" if cgroup == "/" else cgroup)
+
+
+def read_files(paths: Iterable[str]) -> Setting:
+    """Read the setting out of unit files; one that cannot be read says nothing (a mask is empty, a race is gone)."""
+    files = []
+    for path in paths:
+        try:
+            files.append((path, Path(path).read_bytes()))
+        except OSError:
+            continue
+    return read_setting(files)
+
+
+class SystemdManager:
+    """A connection to PID 1 by the system bus, for programs that ask and end."""
+
+    def __init__(self) -> None:
+        # Here and not above: pystemd takes longer to import than the rest of the command together.
+        from pystemd.dbuslib import DBus, DBusError
+
+        self._bus = DBus()
+        try:
+            self._bus.open()
+        except DBusError as error:
+            raise UserError(f"cannot reach systemd by the system bus: {error}", hint="is dbus.service running?") from None
+
+    def close(self) -> None:
+        self._bus.close()
+
+    def _get(self, path: str, interface: str, name: str, signature: str) -> object:
+        from pystemd.dbuslib import DBusError
+
+        try:
+            value = self._bus.get_property(
+                SERVICE.encode(), path.encode(), interface.encode(), name.encode(), signature.encode()
+            )
+        except DBusError as error:
+            raise UserError(f"systemd does not tell {name}: {error}", hint="this needs systemd as PID 1") from None
+        if isinstance(value, list):
+            return [item.decode() for item in value]
+        return value.decode() if isinstance(value, bytes) else value
+
+    def version(self) -> str:
+        """Return systemd's version as it prints it itself."""
+        return str(self._get(MANAGER_PATH, MANAGER, "Version", "s"))
+
+    def unit(self, name: str) -> UnitFacts:
+        """Return the facts of a unit, which PID 1 loads for it; raise InvalidUnitName, NotSupported by type."""
+        if unit_type(check(name)) not in POLICY_TYPES:
+            raise NotSupported(f"{name}: a {unit_type(name)} unit has no control group")
+        path = unit_path(name)
+        return facts(name, {prop: self._get(path, interface, prop, sig) for interface, prop, sig in properties(name)})
+
+    def loaded_units(self) -> list[str]:
+        """Return the names of the loaded units that can have a policy."""
+        rows = self._bus.call_method(SERVICE.encode(), MANAGER_PATH.encode(), MANAGER.encode(), b"ListUnits", []).body
+        names = [row[0].decode() for row in rows]
+        return sorted(name for name in names if unit_type(name) in POLICY_TYPES)
+
+    def unit_files_of_all(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield each loaded unit that can have a policy, with its files in order."""
+        for name in self.loaded_units():
+            yield name, list(self.unit(name).files)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""PID 1's units as they come and go: asynchronous reads and systemd's own signals, on the daemon's bus connection."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from gi.repository import Gio, GLib
+
+from cgpolicy.systemd import MANAGER, MANAGER_PATH, SERVICE, UnitFacts, facts, properties, unit_path
+from cgpolicy.unitname import POLICY_TYPES, unit_type
+
+# Calls under way at once; the bus allows 128 replies to be pending for a connection (dbus-daemon(1), system.conf).
+WINDOW = 64
+
+# PID 1 answers nothing while it reloads, which takes seconds on a host with many units.
+TIMEOUT_MS = 120_000
+
+Read = Callable[[UnitFacts | None], None]
+
+
+class SystemdWatch:
+    """Tells of units that are loaded, changed or gone.
+
+    loaded: a unit's facts are new or may have changed. removed: PID 1 has unloaded it. refresh: everything has
+    to be read again (systemd reloaded, or was executed anew).
+    """
+
+    def __init__(
+        self, bus: Any, *, loaded: Callable[[UnitFacts], None], removed: Callable[[str], None],
+        refresh: Callable[[], None],
+    ) -> None:
+        self._bus = bus
+        self._loaded = loaded
+        self._removed = removed
+        self._refresh = refresh
+        self._queue: deque[tuple[str, str, str, str, Callable[[object], None]]] = deque()
+        self._under_way = 0
+        self._reading: dict[str, list[Read]] = {}
+        self._again: dict[str, list[Read]] = {}
+        self._reload_wanted = False
+        self._reloading = False
+
+    def start(self) -> None:
+        """Subscribe to systemd's signals, which it does not send before somebody has (org.freedesktop.systemd1(5))."""
+        for signal, handler in (
+            ("UnitNew", self._unit_new),
+            ("UnitRemoved", self._unit_removed),
+            ("JobRemoved", self._job_removed),
+            ("Reloading", self._systemd_reloading),
+        ):
+            self._bus.subscribe(
+                sender=SERVICE, iface=MANAGER, signal=signal, object=MANAGER_PATH, signal_fired=partial(strip, handler)
+            )
+        self._bus.subscribe(
+            sender="org.freedesktop.DBus", iface="org.freedesktop.DBus", signal="NameOwnerChanged", arg0=SERVICE,
+            signal_fired=partial(strip, self._systemd_owner),
+        )
+        self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: None)
+
+    def list_units(self, done: Callable[[list[str]], None]) -> None:
+        """Hand over the names of the loaded units that can have a policy."""
+
+        def listed(reply: Any) -> None:
+            names = [row[0] for row in reply.unpack()[0]] if reply is not None else []
+            done([name for name in names if unit_type(name) in POLICY_TYPES])
+
+        self._call(MANAGER_PATH, MANAGER, "ListUnits", None, listed)
+
+    def read_all(self, units: list[str], done: Callable[[list[UnitFacts]], None]) -> None:
+        """Read many units; done comes once, with those that could be read."""
+        found: list[UnitFacts] = []
+        missing = len(units)
+        if not units:
+            done(found)
+
+        def one(unit: UnitFacts | None) -> None:
+            nonlocal missing
+            missing -= 1
+            if unit is not None:
+                found.append(unit)
+            if not missing:
+                done(found)
+
+        for name in units:
+            self.read(name, one)
+
+    def read(self, unit: str, done: Read) -> None:
+        """Read one unit, which PID 1 loads for it if need be; done gets None if that failed."""
+        if unit in self._reading:
+            # What is under way may already be old: answer with a read that starts later.
+            self._again.setdefault(unit, []).append(done)
+            return
+        self._reading[unit] = [done]
+        self._begin(unit)
+
+    def reload(self) -> None:
+        """Ask systemd to reload its configuration, without waiting; requests made meanwhile become one."""
+        if self._reloading:
+            self._reload_wanted = True
+            return
+        self._reloading = True
+
+        def reloaded(reply: Any) -> None:
+            self._reloading = False
+            if self._reload_wanted:
+                self._reload_wanted = False
+                self.reload()
+
+        self._call(MANAGER_PATH, MANAGER, "Reload", None, reloaded)
+
+    def _begin(self, unit: str) -> None:
+        values: dict[str, object] = {}
+        wanted = properties(unit)
+        failed = False
+
+        def got(name: str, reply: Any) -> None:
+            nonlocal failed
+            if reply is None:
+                failed = True
+            values[name] = None if reply is None else reply.unpack()[0]
+            if len(values) == len(wanted):
+                self._finish(unit, None if failed else facts(unit, values))
+
+        path = unit_path(unit)
+        for interface, name, _ in wanted:
+            self._queue.append((path, interface, name, "Get", partial(got, name)))
+        self._pump()
+
+    def _finish(self, unit: str, result: UnitFacts | None) -> None:
+        waiting = self._reading.pop(unit)
+        if unit in self._again:
+            self._reading[unit] = self._again.pop(unit)
+            self._begin(unit)
+        for done in waiting:
+            done(result)
+
+    def _pump(self) -> None:
+        while self._queue and self._under_way < WINDOW:
+            path, interface, name, method, done = self._queue.popleft()
+            self._under_way += 1
+
+            def answered(reply: Any, done: Callable[[object], None] = done) -> None:
+                self._under_way -= 1
+                done(reply)
+                self._pump()
+
+            arguments = GLib.Variant("(ss)", (interface, name))
+            self._call(path, "org.freedesktop.DBus.Properties", method, arguments, answered)
+
+    def _call(self, path: str, interface: str, method: str, arguments: Any, done: Callable[[Any], None]) -> None:
+        def answered(connection: Any, result: Any) -> None:
+            try:
+                reply = connection.call_finish(result)
+            except GLib.Error:
+                # The unit went away meanwhile, or PID 1 is being executed anew: a signal tells what is next.
+                reply = None
+            done(reply)
+
+        self._bus.con.call(
+            SERVICE, path, interface, method, arguments, None, Gio.DBusCallFlags.NONE, TIMEOUT_MS, None, answered
+        )
+
+    def _reread(self, unit: str) -> None:
+        if unit_type(unit) in POLICY_TYPES:
+            self.read(unit, lambda result: self._loaded(result) if result is not None else None)
+
+    def _unit_new(self, unit: str, path: str) -> None:
+        self._reread(unit)
+
+    def _unit_removed(self, unit: str, path: str) -> None:
+        if unit_type(unit) in POLICY_TYPES:
+            self._removed(unit)
+
+    def _job_removed(self, number: int, path: str, unit: str, result: str) -> None:
+        # A job's end is when a unit's cgroup has come or gone for sure.
+        self._reread(unit)
+
+    def _systemd_reloading(self, active: bool) -> None:
+        # FragmentPath and DropInPaths never appear in PropertiesChanged.
+        if not active:
+            self._refresh()
+
+    def _systemd_owner(self, name: str, old: str, new: str) -> None:
+        if new:
+            # A new bus client: subscriptions are gone with the old one (daemon-reexec).
+            self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: self._refresh())
+
+
+def strip(handler: Callable[..., None], sender: str, path: str, interface: str, signal: str, values: Any) -> None:
+    """Pass only a signal's values on."""
+    handler(*values)
