@@ -36,6 +36,7 @@ PROPERTIES = "org.freedesktop.DBus.Properties"
 STANDARD_ERROR = "org.freedesktop.DBus.Error."
 
 NO_RELOAD = 1  # flag bit 0 of the methods that write: do not ask systemd to reload
+FAILURES = (State.FAILED, State.NO_CONTROLLER)
 MATCHES_MAX = 1024  # patterns of one ListUnits call
 
 INTERFACES = Gio.DBusNodeInfo.new_for_xml(resources.files("cgpolicy").joinpath(f"{NAME}.xml").read_text())
@@ -136,7 +137,9 @@ class BusFace:
         self._last.pop(name, None)
         self._manager_changed()
 
-    def data_lost(self, unit: str, cgroup: str, cgroup_id: int, action: str, pages: int, detail: dict[str, Any]) -> None:
+    def data_lost(
+        self, unit: str, cgroup: str, cgroup_id: int, action: str, pages: int, detail: dict[str, Any]
+    ) -> None:
         """Send DirtyDataLost; detail's values are variants."""
         self._emit(MANAGER_PATH, MANAGER, "DirtyDataLost",
                    GLib.Variant("(sststa{sv})", (unit, cgroup, cgroup_id, action, pages, detail)))
@@ -159,7 +162,7 @@ class BusFace:
             "Backend": GLib.Variant("s", backend),
             "Enforcement": GLib.Variant("s", enforcement),
             "NUnits": GLib.Variant("u", sum(1 for unit in units if unit.configured)),
-            "NFailed": GLib.Variant("u", sum(1 for unit in units if unit.state in (State.FAILED, State.NO_CONTROLLER))),
+            "NFailed": GLib.Variant("u", sum(1 for unit in units if unit.state in FAILURES)),
         }
 
     def _manager_changed(self) -> None:
@@ -167,7 +170,8 @@ class BusFace:
         changed = {name: value for name, value in now.items() if value != self._manager_last.get(name)}
         self._manager_last = now
         if changed:
-            self._emit(MANAGER_PATH, PROPERTIES, "PropertiesChanged", GLib.Variant("(sa{sv}as)", (MANAGER, changed, [])))
+            self._emit(MANAGER_PATH, PROPERTIES, "PropertiesChanged",
+                       GLib.Variant("(sa{sv}as)", (MANAGER, changed, [])))
 
     def _manager_property(self, connection: Any, sender: str, path: str, interface: str, name: str) -> Any:
         if name == "Version":
@@ -189,7 +193,9 @@ class BusFace:
             "LastError": GLib.Variant("s", unit.error),
         }
 
-    def _unit_property(self, unit_name: str, connection: Any, sender: str, path: str, interface: str, name: str) -> Any:
+    def _unit_property(
+        self, unit_name: str, connection: Any, sender: str, path: str, interface: str, name: str
+    ) -> Any:
         unit = self._reconciler.units.get(unit_name)
         if unit is None:
             return None
@@ -351,13 +357,14 @@ class BusFace:
             if patterns and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 continue
             kind, _, _ = unit.source
-            rows.append((name, unit.configured, str(kind), str(unit.effective.action), str(unit.state), unit_path(name)))
+            effective = str(unit.effective.action)
+            rows.append((name, unit.configured, str(kind), effective, str(unit.state), unit_path(name)))
         reply(invocation, GLib.Variant("(a(ssssso))", (rows,)))
 
     def _explain(self, invocation: Any, name: str) -> None:
         def answer(unit: Unit) -> None:
             rows = [(str(c.kind), c.path, c.line, c.value, c.verdict) for c in unit.decision.candidates]
-            rows += [("problem", problem.path, problem.line, "", problem.message) for problem in unit.decision.problems]
+            rows += [("problem", each.path, each.line, "", each.message) for each in unit.decision.problems]
             effective = unit.effective
             if effective.cgroup and effective.cgroup != unit.facts.cgroup:
                 verdict = f"effective: stricter than the unit's own, by {effective.cgroup}"

@@ -222,7 +222,7 @@ class CgroupWatch:
     def __init__(self, tree: CgroupTree) -> None:
         self.tree = tree
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self._fd = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._fd: int = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._fd < 0:
             raise NotSupported(f"inotify: {os.strerror(ctypes.get_errno())}", hint="see fs.inotify.max_user_instances")
         self._descriptors: dict[str, dict[str, int]] = {}  # by cgroup and file, "" being the directory

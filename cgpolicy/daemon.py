@@ -7,6 +7,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ class Daemon:
         self.machines = MachineWatch(self.bus, self.machine_changed)
         self.reconciler = Reconciler(self.tree, self.files, machine_uuid=self.machines.uuid)
         self.face: BusFace | None = None
-        self._refresh_waiting: list[Callable[[], None]] | None = None
-        self._refresh_again = False
+        self._refreshing = False
+        self._refresh_asked: list[Callable[[], None]] = []
 
     # Start and end ----------------------------------------------------------------------------
 
@@ -125,26 +126,25 @@ class Daemon:
     # Units ------------------------------------------------------------------------------------
 
     def refresh(self, done: Callable[[], None] = lambda: None) -> None:
-        """Read everything again; calls made meanwhile are answered by one more round."""
-        if self._refresh_waiting is not None:
-            self._refresh_waiting.append(done)
-            self._refresh_again = True
-            return
-        self._refresh_waiting = [done]
-        self.watch.list_units(lambda names: self.watch.read_all(names, self.refreshed))
+        """Read everything again; done comes after a round that began no earlier than this call."""
+        self._refresh_asked.append(done)
+        if not self._refreshing:
+            self._begin_refresh()
 
-    def refreshed(self, units: list[UnitFacts]) -> None:
+    def _begin_refresh(self) -> None:
+        self._refreshing = True
+        waiting, self._refresh_asked = self._refresh_asked, []
+        self.watch.list_units(lambda names: self.watch.read_all(names, partial(self._refreshed, waiting)))
+
+    def _refreshed(self, waiting: list[Callable[[], None]], units: list[UnitFacts]) -> None:
         self.reconciler.replace_all([facts for facts in units if facts.exists])
-        waiting = self._refresh_waiting or []
-        self._refresh_waiting = None
+        self._refreshing = False
         if self.face is not None:
             self.face.manager_changed()
-        if self._refresh_again:
-            self._refresh_again = False
-            self.refresh(lambda: [done() for done in waiting[1:]] and None)
-            waiting = waiting[:1]
         for done in waiting:
             done()
+        if self._refresh_asked:
+            self._begin_refresh()
 
     def hangup(self) -> bool:
         self.refresh()

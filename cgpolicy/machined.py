@@ -67,5 +67,6 @@ class MachineWatch:
             done(reply)
 
         self._bus.con.call(
-            SERVICE, path, interface, method, arguments, None, Gio.DBusCallFlags.NO_AUTO_START, TIMEOUT_MS, None, answered
+            SERVICE, path, interface, method, arguments, None, Gio.DBusCallFlags.NO_AUTO_START, TIMEOUT_MS, None,
+            answered,
         )

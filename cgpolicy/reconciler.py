@@ -71,7 +71,8 @@ class Unit:
 
     def visible(self) -> tuple[object, ...]:
         """What a client can see without reading counters; a change of it is worth a signal."""
-        return (self.configured, self.source, self.state, self.error, self.effective, self.facts.cgroup, self.cgroup_id)
+        seen = (self.state, self.error, self.effective, self.facts.cgroup, self.cgroup_id)
+        return (self.configured, self.source, *seen)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def read_setting(files: Iterable[tuple[str, bytes]]) -> Setting:
                 if not assignment.key.startswith("X-"):
                     problems.append(unknown_key(assignment))
                 continue
-            previous, previous_winner = current, winner
+            previous_winner = winner
             if not assignment.value:
                 current, winner, verdict = None, None, "resets to unset"
             else:

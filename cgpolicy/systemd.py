@@ -96,7 +96,7 @@ class SystemdManager:
         try:
             self._bus.open()
         except DBusError as error:
-            raise UserError(f"cannot reach systemd by the system bus: {error}", hint="is dbus.service running?") from None
+            raise UserError(f"no system bus to reach systemd by: {error}", hint="is dbus.service running?") from None
 
     def close(self) -> None:
         self._bus.close()

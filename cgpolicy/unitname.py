@@ -109,8 +109,9 @@ def bus_label_escape(text: str) -> str:
     data = text.encode(errors="surrogateescape")
     if not data:
         return "_"
+    allowed = string.ascii_letters + string.digits
     return "".join(
-        chr(byte) if chr(byte).isalpha() and byte < 128 or (position and chr(byte) in string.digits) else f"_{byte:02x}"
+        chr(byte) if chr(byte) in (allowed if position else string.ascii_letters) else f"_{byte:02x}"
         for position, byte in enumerate(data)
     )
 

@@ -125,9 +125,10 @@ def test_example_as_systemd(oracle: Oracle, data: bytes) -> None:
 
 
 PIECES = [
-    b"[A]", b"[X-CgPolicy]", b"[", b"]", b"[B\n", b"k=v", b"MemoryFailureDirtyAction=kill", b"=", b"\\", b"\\\\", b"\\\n",
-    b"\n", b"\n", b"\n", b"\n", b"\r", b"\r\n", b"\0", b" ", b"\t", b"#", b";", b"# c\n", b" ; c\n", b"\xef\xbb\xbf", b"\xff",
-    b"\xc3\xa9", b"\xf4\x90\x80\x80", b"\"", b"'", b"key", b"value", b"\v", b"\x7f", b"\x01", b"[C]\nx=y\n", b"a=\\\n b\n",
+    b"[A]", b"[X-CgPolicy]", b"[", b"]", b"[B\n", b"k=v", b"MemoryFailureDirtyAction=kill", b"=", b"\\", b"\\\\",
+    b"\\\n", b"\n", b"\n", b"\n", b"\n", b"\r", b"\r\n", b"\0", b" ", b"\t", b"#", b";", b"# c\n", b" ; c\n",
+    b"\xef\xbb\xbf", b"\xff", b"\xc3\xa9", b"\xf4\x90\x80\x80", b"\"", b"'", b"key", b"value", b"\v", b"\x7f", b"\x01",
+    b"[C]\nx=y\n", b"a=\\\n b\n",
 ]
 
 
