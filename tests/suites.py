@@ -54,7 +54,7 @@ def environment() -> Path:
 
 
 def make_environment(path: Path) -> None:
-    """Install the test tools; the directory is moved into place, which the interpreter's -m option survives."""
+    """Install the test tools; python -m finds them after the directory was moved into place."""
     log = path.with_name(f"{path.name}.log")
     progress(f"installing {', '.join(PYTHON_PACKAGES)} (log: {log})")
     with scratch_dir("python") as scratch:

@@ -42,9 +42,7 @@ def parser() -> argparse.ArgumentParser:
         default="patched",
         help="Debian's source with the series, or Debian's package",
     )
-    parser.add_argument(
-        "--base", choices=("v6.12", "v7"), default="v6.12", help="which series of kernel-patch/"
-    )
+    parser.add_argument("--base", choices=("v6.12", "v7"), default="v6.12", help="which series of kernel-patch/")
     parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="Debian release of the guest")
     parser.add_argument("--share", type=Path, metavar="DIR", help="read-only at /mnt/share")
     parser.add_argument("--packages", metavar="A,B", default="", help="more Debian packages in the guest")

@@ -29,9 +29,7 @@ def mirrors() -> tuple[str, str | None]:
         run(["apt-get", "update"], log=cache_dir("log") / "apt.log")
         found = read_mirrors()
     if "Debian" not in found:
-        raise HarnessError(
-            "apt is configured with no Debian archive", hint="add one to /etc/apt/sources.list.d"
-        )
+        raise HarnessError("apt is configured with no Debian archive", hint="add one to /etc/apt/sources.list.d")
     return found["Debian"], found.get("Debian-Security")
 
 

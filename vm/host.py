@@ -35,9 +35,7 @@ def progress(message: str) -> None:
 def require_root() -> None:
     """Raise HarnessError unless root: apt and mmdebstrap need it."""
     if os.geteuid() != 0:
-        raise HarnessError(
-            "must run as root", hint="it installs packages and builds a Debian image; try sudo"
-        )
+        raise HarnessError("must run as root", hint="it installs packages and builds a Debian image; try sudo")
 
 
 def cache_dir(*parts: str) -> Path:
@@ -125,9 +123,7 @@ def output(command: Sequence[str | Path], *, env: Mapping[str, str] | None = Non
         preexec_fn=lambda: die_with_parent(signal.SIGTERM),
     )
     if result.returncode != 0:
-        raise HarnessError(
-            f"{command[0]} failed with status {result.returncode}", hint=result.stderr.strip()[-2000:]
-        )
+        raise HarnessError(f"{command[0]} failed with status {result.returncode}", hint=result.stderr.strip()[-2000:])
     return result.stdout
 
 
@@ -163,9 +159,7 @@ def install_packages(packages: Sequence[str]) -> None:
             *missing,
         ]
         env = {"DEBIAN_FRONTEND": "noninteractive"}
-        known = subprocess.run(
-            ["apt-get", "install", "--simulate", *install[2:]], capture_output=True, check=False
-        )
+        known = subprocess.run(["apt-get", "install", "--simulate", *install[2:]], capture_output=True, check=False)
         if known.returncode != 0:
             run(
                 ["apt-get", "update"],

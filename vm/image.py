@@ -92,7 +92,7 @@ def image(suite: str, extra_packages: Sequence[str] = ()) -> Path:
 
 def build(path: Path, suite: str, packages: Sequence[str]) -> None:
     """Debootstrap the suite and write it as an image, renamed into place when it is complete."""
-    log = path.with_suffix(".log")
+    log = path.with_name(f"{path.name}.log")
     progress(f"building the Debian {suite} image (about a minute; log: {log})")
     with scratch_dir("image") as scratch:
         root = scratch / "root"

@@ -60,9 +60,7 @@ def patched(base: str) -> Kernel:
     series = TREE / "kernel-patch" / base
     patches = sorted(series.glob("*.patch"))
     if base not in SOURCE_PACKAGES or not patches:
-        raise HarnessError(
-            f"there is no series for {base}", hint=f"{series.relative_to(TREE)} holds no patch"
-        )
+        raise HarnessError(f"there is no series for {base}", hint=f"{series.relative_to(TREE)} holds no patch")
     archive = Archive(SUITE)
     version, _ = archive.newest(SOURCE_PACKAGES[base])
     recipe = repr((sorted(ENVIRONMENT.items()), [command[:2] for command in CONFIGURE], BUILD))
@@ -78,7 +76,7 @@ def patched(base: str) -> Kernel:
 
 def build_patched(path: Path, archive: Archive, package: str, patches: Sequence[Path]) -> None:
     """Unpack, patch, configure and build; only the image, its configuration and System.map are kept."""
-    log = path.with_suffix(".log")
+    log = path.with_name(f"{path.name}.log")
     progress(f"building {package} with {len(patches)} patches (7 minutes on two cores; log: {log})")
     with scratch_dir("kernel") as scratch:
         source, complete = scratch / "source", scratch / "complete"
@@ -115,9 +113,7 @@ def check_config(config: Path, fragment: Path) -> None:
         if values.get(symbol, "n") != wanted
     ]
     if ignored:
-        raise HarnessError(
-            f"Kconfig did not honour {', '.join(ignored)}", hint=f"see {fragment.relative_to(TREE)}"
-        )
+        raise HarnessError(f"Kconfig did not honour {', '.join(ignored)}", hint=f"see {fragment.relative_to(TREE)}")
 
 
 def config_values(path: Path) -> dict[str, str]:

@@ -114,14 +114,10 @@ def select_kernel(request: Request) -> Kernel:
 def has_kvm() -> bool:
     """Tell whether KVM can run this guest; /dev/kvm alone says nothing (it may lack hardware support)."""
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return bool(flags and {"vmx", "svm"} & set(flags[1].split())) and os.access(
-        "/dev/kvm", os.R_OK | os.W_OK
-    )
+    return bool(flags and {"vmx", "svm"} & set(flags[1].split())) and os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
-def run_in_guest(
-    request: Request, stdout: Callable[[bytes], None], stderr: Callable[[bytes], None]
-) -> Outcome:
+def run_in_guest(request: Request, stdout: Callable[[bytes], None], stderr: Callable[[bytes], None]) -> Outcome:
     """Run a command in a machine of its own, passing on its output as it comes.
 
     The console's log is kept, and Outcome.console_path names it, unless the command just exited.
@@ -138,9 +134,7 @@ def run_in_guest(
         write_payload(payload, request.command, share=request.share is not None, scratch=scratch)
         shutil.rmtree(scratch)
         console = directory / "console.log"
-        with Machine(
-            request, kernel, root, payload, console, {"stdout": stdout, "stderr": stderr}
-        ) as machine:
+        with Machine(request, kernel, root, payload, console, {"stdout": stdout, "stderr": stderr}) as machine:
             outcome = machine.run()
         keep = outcome.console_path is not None
         payload.unlink()

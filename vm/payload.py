@@ -32,9 +32,7 @@ def write_payload(path: Path, command: Sequence[str], *, share: bool, scratch: P
     stage.mkdir()
     install_tree(stage, scratch / "build")
     for name, target in FILES.items():
-        place(
-            stage / target, (GUEST_FILES / name).read_bytes(), 0o644 if name.endswith(".service") else 0o755
-        )
+        place(stage / target, (GUEST_FILES / name).read_bytes(), 0o644 if name.endswith(".service") else 0o755)
     place(stage / GUEST_LIBRARY / "command", command_script(command), 0o755)
     place(stage / "etc/cgpolicy-vm.conf", b"VM_SHARE=%s\n" % (b"yes" if share else b""), 0o644)
     wants = stage / UNITS / "sysinit.target.wants/vm-channel.service"

@@ -65,7 +65,7 @@ def stock(suite: str) -> Kernel:
 
 def build_stock(path: Path, archive: Archive) -> None:
     """Fetch the kernel package and arrange it for direct boot."""
-    log = path.with_suffix(".log")
+    log = path.with_name(f"{path.name}.log")
     progress(f"fetching Debian {archive.suite}'s own kernel (log: {log})")
     packages = [name for name in archive.depends("linux-image-amd64") if name.startswith("linux-image-")]
     if not packages:
