@@ -115,7 +115,7 @@ class Daemon:
         sd_daemon.notify(False, ready=1, status=f"{units} units with a policy; backend {backend}: {enforcement}")
 
     def start_watchdog(self) -> None:
-        interval = sd_daemon.watchdog_enabled()  # microseconds, 0 without WatchdogSec=
+        interval = sd_daemon.watchdog_enabled(False)  # microseconds, 0 without WatchdogSec=
         if interval:
             GLib.timeout_add(interval // 2000, self.keep_alive)
 
@@ -240,7 +240,7 @@ class Daemon:
     # Reports ----------------------------------------------------------------------------------
 
     def problem(self, unit: str, problem: Problem) -> None:
-        journal.warn_problem(problem)
+        journal.warn_problem(unit, problem)
 
     def interference(self, unit: Unit, found: Action) -> None:
         journal.log_warning(

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Structured journal records (systemd.journal-fields(7)), and standard error where there is no journal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pystemd import journal
+
+from cgpolicy.losses import Loss
+from cgpolicy.unitfile import Problem
+
+SOCKET = Path("/run/systemd/journal/socket")
+IDENTIFIER = "cgpolicyd"
+
+# Made with systemd-id128 new; units/cgpolicy.catalog explains them to journalctl -x.
+LOSS_ID = "5e1c2b4f8d2f4c0f9b7a1d7a6c0e93d1"
+PROBLEM_ID = "b0c6d7a12f7b4d4c8e55f5d1a0c94e27"
+
+ERROR, WARNING, NOTICE = 3, 4, 5  # syslog(3)
+
+
+def send(priority: int, message: str, **fields: str | int) -> None:
+    """Write one record; a field that is empty is left out."""
+    if not SOCKET.exists():
+        print(f"<{priority}>{message}", file=sys.stderr, flush=True)
+        return
+    given = {name: str(value) for name, value in fields.items() if value != ""}
+    journal.sendv(MESSAGE=message, PRIORITY=str(priority), SYSLOG_IDENTIFIER=IDENTIFIER, **given)
+
+
+def log_error(message: str) -> None:
+    send(ERROR, message)
+
+
+def log_warning(message: str) -> None:
+    send(WARNING, message)
+
+
+def warn_problem(unit: str, problem: Problem) -> None:
+    """Record something wrong in a unit's files, under that unit too (journalctl -u UNIT)."""
+    send(
+        WARNING, str(problem), MESSAGE_ID=PROBLEM_ID, UNIT=unit, CGPOLICY_PATH=problem.path, CGPOLICY_LINE=problem.line
+    )
+
+
+def record_loss(
+    unit: str, invocation_id: str, cgroup: str, first: Loss, pages: int, backend: str, enforcement: str
+) -> None:
+    """Record pages of one file that a unit lost together; offsets are bytes."""
+    device = f"{first.device[0]}:{first.device[1]}"
+    whose = unit or cgroup or f"cgroup {first.cgroup_id}, which is gone"
+    what = "page" if pages == 1 else f"{pages} pages, the first"
+    send(
+        ERROR,
+        f"{whose}: dirty page cache lost: {what} at device {device} inode {first.inode} offset {first.position};"
+        f" action {first.action} ({enforcement})",
+        MESSAGE_ID=LOSS_ID,
+        UNIT=unit,
+        INVOCATION_ID=invocation_id,
+        CGPOLICY_ACTION=first.action,
+        CGPOLICY_CGROUP=cgroup,
+        CGPOLICY_CGROUP_ID=first.cgroup_id,
+        CGPOLICY_DEVICE=device,
+        CGPOLICY_INODE=first.inode,
+        CGPOLICY_OFFSET=first.position,
+        CGPOLICY_PFN=f"{first.pfn:#x}",
+        CGPOLICY_PAGES=pages,
+        CGPOLICY_BACKEND=backend,
+        CGPOLICY_ENFORCEMENT=enforcement,
+    )
