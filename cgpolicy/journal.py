@@ -15,8 +15,8 @@ SOCKET = Path("/run/systemd/journal/socket")
 IDENTIFIER = "cgpolicyd"
 
 # Made with systemd-id128 new; units/cgpolicy.catalog explains them to journalctl -x.
-LOSS_ID = "5e1c2b4f8d2f4c0f9b7a1d7a6c0e93d1"
-PROBLEM_ID = "b0c6d7a12f7b4d4c8e55f5d1a0c94e27"
+LOSS_ID = "6935ae465d074405a4cc4710e737d4de"
+PROBLEM_ID = "1c511847d9ed4560b6fc1d5d45c9e892"
 
 ERROR, WARNING, NOTICE = 3, 4, 5  # syslog(3)
 
@@ -41,7 +41,12 @@ def log_warning(message: str) -> None:
 def warn_problem(unit: str, problem: Problem) -> None:
     """Record something wrong in a unit's files, under that unit too (journalctl -u UNIT)."""
     send(
-        WARNING, str(problem), MESSAGE_ID=PROBLEM_ID, UNIT=unit, CGPOLICY_PATH=problem.path, CGPOLICY_LINE=problem.line
+        WARNING,
+        str(problem),
+        MESSAGE_ID=PROBLEM_ID,
+        OBJECT_SYSTEMD_UNIT=unit,
+        CGPOLICY_PATH=problem.path,
+        CGPOLICY_LINE=problem.line,
     )
 
 
@@ -57,7 +62,8 @@ def record_loss(
         f"{whose}: dirty page cache lost: {what} at device {device} inode {first.inode} offset {first.position};"
         f" action {first.action} ({enforcement})",
         MESSAGE_ID=LOSS_ID,
-        UNIT=unit,
+        OBJECT_SYSTEMD_UNIT=unit,  # what journalctl -u looks for in records of root's
+        CGPOLICY_UNIT=unit,
         INVOCATION_ID=invocation_id,
         CGPOLICY_ACTION=first.action,
         CGPOLICY_CGROUP=cgroup,

@@ -54,7 +54,7 @@ class LossReader:
         if not (self._tracefs / "events").is_dir():
             raise NotSupported(f"{self._tracefs} is no tracefs", hint="systemctl start sys-kernel-tracing.mount")
         if not (self._tracefs / "events" / EVENT).is_dir():
-            raise NotSupported(f"the kernel has no tracepoint {EVENT}", hint="it comes with the series in kernel-patch/")
+            raise NotSupported(f"the kernel has no tracepoint {EVENT}", hint="see kernel-patch/")
         try:
             # One that a killed daemon left behind is taken over.
             self._instance.mkdir(exist_ok=True)

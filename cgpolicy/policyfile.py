@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The files that this project writes: drop-ins and machine rules, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from cgpolicy.action import Action
+from cgpolicy.error import InvalidMachineName, WriteFailed
+from cgpolicy.setting import KEY, SECTION
+from cgpolicy.unitfile import parse
+from cgpolicy.unitname import check
+
+DROP_IN = "50-cgpolicy.conf"
+PERSISTENT = Path("etc/systemd/system")
+RUNTIME = Path("run/systemd/system")
+MACHINES = Path("etc/cgpolicy/machines")
+
+# Not ending in .conf, so that systemd does not read what a crash left half-written.
+TEMPORARY = ".{name}.new"
+
+# machine_name_is_valid() of systemd (src/basic/hostname-util.c) is a host name; libvirt's names may have more.
+MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@:-]{0,199}")
+
+HEADER = "# Written by cgpolicy; \"cgpolicy unset\" removes it. See cgpolicy(5).\n"
+
+
+class PolicyFiles:
+    """Below a root directory that is / but in tests. Every OSError becomes WriteFailed, the old file standing."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root = root
+
+    def write_unit(self, unit: str, action: Action, *, runtime: bool) -> Path:
+        """Write a unit's drop-in and return its path.
+
+        Raises WriteFailed also if a file of that name exists that says more than this one would, and if a
+        runtime drop-in would not count because a persistent one has the same name (systemd.unit(5)).
+        """
+        base = RUNTIME if runtime else PERSISTENT
+        masking = self.root / PERSISTENT / f"{check(unit)}.d" / DROP_IN
+        if runtime and masking.exists():
+            raise WriteFailed(
+                f"{masking} takes precedence over a runtime drop-in", hint="set it without runtime, or unset it first"
+            )
+        path = self.root / base / f"{unit}.d" / DROP_IN
+        self._refuse_foreign(path)
+        self._write(path, action)
+        return path
+
+    def remove_unit(self, unit: str, *, runtime: bool) -> Path | None:
+        """Remove a unit's drop-in, and its directory if nothing else is in there; return what was removed."""
+        path = self.root / (RUNTIME if runtime else PERSISTENT) / f"{check(unit)}.d" / DROP_IN
+        self._refuse_foreign(path)
+        if not self._remove(path):
+            return None
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+        return path
+
+    def check_machine(self, machine: str) -> str:
+        """Return the file name of a machine's rule; raise InvalidMachineName."""
+        with contextlib.suppress(ValueError):
+            if len(machine) in (32, 36):
+                return f"{uuid.UUID(machine)}.conf"
+        if not MACHINE.fullmatch(machine) or ".." in machine:
+            raise InvalidMachineName(
+                f"{machine!r} is no machine name", hint="expected a name as machinectl or virsh lists it, or a UUID"
+            )
+        return f"{machine}.conf"
+
+    def write_machine(self, machine: str, action: Action) -> Path:
+        """Write a machine's rule and return its path."""
+        path = self.root / MACHINES / self.check_machine(machine)
+        self._refuse_foreign(path)
+        self._write(path, action)
+        return path
+
+    def remove_machine(self, machine: str) -> Path | None:
+        """Remove a machine's rule; return its path if there was one."""
+        path = self.root / MACHINES / self.check_machine(machine)
+        self._refuse_foreign(path)
+        return path if self._remove(path) else None
+
+    def machine_rule(self, machine: str) -> tuple[str, bytes] | None:
+        """Return path and content of the rule for a machine's name or UUID, None if there is none."""
+        try:
+            path = self.root / MACHINES / self.check_machine(machine)
+            return str(path), path.read_bytes()
+        except (InvalidMachineName, OSError):
+            return None
+
+    def _refuse_foreign(self, path: Path) -> None:
+        """Raise WriteFailed if a file holds what its author would miss: sections or keys other than ours."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return
+        parsed = parse(content, str(path))
+        if parsed.broken or any((a.section, a.key) != (SECTION, KEY) for a in parsed.assignments):
+            raise WriteFailed(f"{path} says more than {KEY}=", hint="edit it by hand, or move the rest elsewhere")
+
+    def _write(self, path: Path, action: Action) -> None:
+        content = f"{HEADER}[{SECTION}]\n{KEY}={action}\n".encode()
+        temporary = TEMPORARY.format(name=path.name)
+        with self._directory(path, make=True) as directory:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=directory)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                descriptor = os.open(temporary, flags, 0o644, dir_fd=directory)
+                try:
+                    with open(descriptor, "wb") as file:
+                        os.fchmod(file.fileno(), 0o644)
+                        file.write(content)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.rename(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.unlink(temporary, dir_fd=directory)
+                    raise
+                os.fsync(directory)
+            except OSError as error:
+                raise WriteFailed(f"{path}: {error.strerror}", hint="nothing was changed") from None
+
+    def _remove(self, path: Path) -> bool:
+        try:
+            with self._directory(path, make=False) as directory:
+                os.unlink(path.name, dir_fd=directory)
+                os.fsync(directory)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise WriteFailed(f"{path}: {error.strerror}", hint="nothing was changed") from None
+        return True
+
+    @contextlib.contextmanager
+    def _directory(self, path: Path, *, make: bool) -> Iterator[int]:
+        """Open the directory of a file, which must not be a symbolic link; raise FileNotFoundError unless made."""
+        try:
+            if make:
+                path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not make:
+                raise
+            raise WriteFailed(f"{path.parent}: {error.strerror}", hint="nothing was changed") from None
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who may: polkit, asked without waiting (org.freedesktop.PolicyKit1.Authority); without it, root only."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gi.repository import Gio, GLib
+
+from cgpolicy.error import NotAuthorized, UserError
+
+SERVICE = "org.freedesktop.PolicyKit1"
+PATH = "/org/freedesktop/PolicyKit1/Authority"
+INTERFACE = "org.freedesktop.PolicyKit1.Authority"
+
+ALLOW_USER_INTERACTION = 1
+PROMPT_TIMEOUT_MS = 300_000  # a person who looks for a password
+BUS_TIMEOUT_MS = 5_000
+
+# Questions that wait at polkit at once: in all below the 128 replies that the bus lets a connection wait for.
+PENDING_MAX = 32
+PENDING_MAX_BY_SENDER = 4
+
+# polkit that is not installed, cannot be started, or went away
+ABSENT = (
+    "org.freedesktop.DBus.Error.ServiceUnknown",
+    "org.freedesktop.DBus.Error.NameHasNoOwner",
+    "org.freedesktop.DBus.Error.Spawn.",
+    "org.freedesktop.systemd1.",
+)
+
+Done = Callable[[UserError | None], None]
+
+
+class Authority:
+    """Asks whether the sender of a call is authorized; done is called with None, or with the refusal."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._pending: Counter[str] = Counter()
+        self._cookies = (f"cgpolicy-{number}" for number in itertools.count())
+
+    def check(self, sender: str, action_id: str, details: Mapping[str, str], interactive: bool, done: Done) -> None:
+        """Ask; at once for root, whom polkit would let through as well."""
+
+        def identified(reply: Any, error: str) -> None:
+            if reply is None:
+                done(NotAuthorized("the caller has left the bus"))
+            elif reply.unpack()[0] == 0:
+                done(None)
+            else:
+                self._ask(sender, action_id, details, interactive, done)
+
+        self._call(
+            "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "GetConnectionUnixUser",
+            GLib.Variant("(s)", (sender,)), BUS_TIMEOUT_MS, identified,
+        )
+
+    def _ask(self, sender: str, action_id: str, details: Mapping[str, str], interactive: bool, done: Done) -> None:
+        if self._pending[sender] >= PENDING_MAX_BY_SENDER or self._pending.total() >= PENDING_MAX:
+            done(NotAuthorized("too many requests wait for authorization", hint="answer those first"))
+            return
+        self._pending[sender] += 1
+        cookie = next(self._cookies)
+        # A prompt for a caller that is gone is taken back.
+        watch = Gio.bus_watch_name_on_connection(
+            self._connection, sender, Gio.BusNameWatcherFlags.NONE, None, lambda connection, name: self._cancel(cookie)
+        )
+
+        def answered(reply: Any, error: str) -> None:
+            Gio.bus_unwatch_name(watch)
+            self._pending[sender] -= 1
+            if not self._pending[sender]:
+                del self._pending[sender]
+            done(verdict(reply, error, action_id))
+
+        subject = ("system-bus-name", {"name": GLib.Variant("s", sender)})
+        flags = ALLOW_USER_INTERACTION if interactive else 0
+        arguments = GLib.Variant("((sa{sv})sa{ss}us)", (subject, action_id, dict(details), flags, cookie))
+        timeout = PROMPT_TIMEOUT_MS if interactive else BUS_TIMEOUT_MS * 5
+        self._call(SERVICE, PATH, INTERFACE, "CheckAuthorization", arguments, timeout, answered)
+
+    def _cancel(self, cookie: str) -> None:
+        arguments = GLib.Variant("(s)", (cookie,))
+        self._call(SERVICE, PATH, INTERFACE, "CancelCheckAuthorization", arguments, BUS_TIMEOUT_MS, lambda *_: None)
+
+    def _call(
+        self, service: str, path: str, interface: str, method: str, arguments: Any, timeout: int,
+        done: Callable[[Any, str], None],
+    ) -> None:
+        def answered(connection: Any, result: Any) -> None:
+            try:
+                reply, name = connection.call_finish(result), ""
+            except GLib.Error as error:
+                reply, name = None, Gio.DBusError.get_remote_error(error) or error.message
+            done(reply, name)
+
+        self._connection.call(
+            service, path, interface, method, arguments, None, Gio.DBusCallFlags.NONE, timeout, None, answered
+        )
+
+
+def verdict(reply: Any, error: str, action_id: str) -> UserError | None:
+    """Turn polkit's answer into a refusal, None if it agrees."""
+    if reply is None:
+        if error.startswith(ABSENT):
+            return NotAuthorized("polkit is not there to ask, so only root may do this", hint="install polkitd")
+        return NotAuthorized(f"polkit did not decide on {action_id}: {error}", hint="try again, or as root")
+    authorized, challenge, _ = reply.unpack()[0]
+    if authorized:
+        return None
+    if challenge:
+        return NotAuthorized(
+            f"{action_id} needs authentication", hint="busctl --allow-interactive-authorization=yes, or as root"
+        )
+    return NotAuthorized(f"{action_id}: not authorized", hint="polkit's rules decide; see polkit(8)")
