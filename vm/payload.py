@@ -16,6 +16,9 @@ HOST_PACKAGES = ("meson", "ninja-build", "pkgconf", "systemd")
 # systemd.pc, which meson.build asks for directories, is in systemd itself before Debian 13.
 SYSTEMD_PC = Path("/usr/share/pkgconfig/systemd.pc")
 
+# The guest's, not those of the host's systemd.
+GUEST_DIRECTORIES = ("-Dsystemdsystemunitdir=/usr/lib/systemd/system", "-Dcatalogdir=/usr/lib/systemd/catalog")
+
 UNITS = "etc/systemd/system"
 FILES = {
     "channel.py": f"{GUEST_LIBRARY}/channel",
@@ -60,7 +63,7 @@ def install_tree(stage: Path, build: Path) -> None:
         install_packages(["systemd-dev"])
     log = cache_dir("log") / "meson.log"
     run(
-        ["meson", "setup", "--prefix=/usr", "--sysconfdir=/etc", "--localstatedir=/var", build, TREE],
+        ["meson", "setup", "--prefix=/usr", "--sysconfdir=/etc", *GUEST_DIRECTORIES, build, TREE],
         log=log,
     )
     run(["meson", "install", "-C", build], log=log, env={"DESTDIR": str(stage)})
