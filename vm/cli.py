@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from cgpolicy.error import UserError
 from vm.debian import SUITES
@@ -33,9 +34,17 @@ check, vm-physaddr FILE OFFSET tells where the page cache of a file is.
 """
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose usage errors cannot be taken for the command's own exit status."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_HARNESS, f"{self.prog}: {message}\n")
+
+
+def parser() -> Parser:
     """Return the parser of vm/run's command line."""
-    parser = argparse.ArgumentParser(prog="vm/run", description=__doc__, epilog=EPILOG)
+    parser = Parser(prog="vm/run", description=__doc__, epilog=EPILOG)
     parser.add_argument(
         "--kernel",
         choices=("patched", "stock"),
@@ -74,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"vm/run: {error}", file=sys.stderr)
         return EXIT_HARNESS
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
     except Interrupted as interrupted:
         signal.signal(interrupted.number, signal.SIG_DFL)
         os.kill(os.getpid(), interrupted.number)

@@ -239,15 +239,15 @@ def as_json(rows: Sequence[Row]) -> str:
     return json.dumps({"units": units, "met": not any(row.unmet for row in rows)}, indent=2)
 
 
-def demonstrate(kernel: str, suite: str) -> tuple[list[Row], Outcome]:
+def demonstrate(kernel: str, suite: str, files: Path) -> tuple[list[Row], Outcome]:
     """Set up a machine, let each unit lose a page, and judge what was seen."""
     require_root()
     install_packages(HOST_PACKAGES)
     with scratch_dir("demo") as scratch:
         share = scratch / "share"
-        shutil.copytree(FILES, share)
+        shutil.copytree(files, share)
         compile_c = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static"]
-        run([*compile_c, "-o", share / "workload", FILES / "workload.c"], log=scratch / "gcc.log")
+        run([*compile_c, "-o", share / "workload", files / "workload.c"], log=scratch / "gcc.log")
         request = Request(
             ("/usr/bin/python3", "/mnt/share/observe.py"),
             kernel=kernel,
@@ -269,6 +269,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vm/demo", description=__doc__)
     parser.add_argument("--kernel", choices=("patched", "stock"), default="patched", help="stock must fail")
     parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="Debian release of the guest")
+    parser.add_argument(
+        "--files", type=Path, metavar="DIR", default=FILES, help="units and drop-ins other than vm/demo.d"
+    )
     parser.add_argument("--json", action="store_true", help="print everything observed as JSON")
     return parser
 
@@ -277,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         with interruptible():
-            rows, outcome = demonstrate(options.kernel, options.suite)
+            rows, outcome = demonstrate(options.kernel, options.suite, options.files)
     except UserError as error:
         print(f"vm/demo: {error}", file=sys.stderr)
         return EXIT_HARNESS

@@ -8,10 +8,12 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -63,6 +65,15 @@ def scratch_dir(prefix: str) -> Iterator[Path]:
     """Yield a temporary directory on the cache's file system, so that a result can be renamed into place."""
     with tempfile.TemporaryDirectory(prefix=f"{prefix}-", dir=cache_dir("tmp")) as path:
         yield Path(path)
+
+
+def remove_unused(directory: Path, days: float) -> None:
+    """Remove what nobody used for some days: killed runs' leftovers, kernels and images of older trees."""
+    oldest = time.time() - days * 86400
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < oldest:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def content_hash(*parts: str | bytes | Path) -> str:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from vm.debian import Renewed
-from vm.host import cache_dir, die_with_parent, install_packages
+from vm.host import cache_dir, die_with_parent, install_packages, remove_unused
 from vm.image import image
 from vm.kernel import Kernel, patched
 from vm.payload import write_payload
@@ -44,6 +44,8 @@ CPU = "Skylake-Server,check=off"
 
 # SRAO in bank 9, broadcast: VAL UC EN MISCV ADDRV S, memory controller read error (Intel SDM 3B, 16.9).
 MCE = "mce -b 0 9 0xbd000000000000c0 0x5 {address:#x} 0x8c"
+
+KEPT_DAYS = {"images": 14, "kernels": 14, "runs": 2, "tmp": 1}  # since the last use
 
 PORTS = ("stdout", "stderr", "control", "mce")
 
@@ -123,8 +125,12 @@ def run_in_guest(request: Request, stdout: Callable[[bytes], None], stderr: Call
     The console's log is kept, and Outcome.console_path names it, unless the command just exited.
     """
     install_packages(HOST_PACKAGES)
+    for name, days in KEPT_DAYS.items():
+        remove_unused(cache_dir(name), days)
     kernel = select_kernel(request)
     root = image(request.suite, request.packages)
+    for used in (kernel.image.parent, root):
+        os.utime(used)
     directory = Path(tempfile.mkdtemp(prefix="run-", dir=cache_dir("runs")))
     keep = False
     try:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import mmap
 import os
+import re
 import shutil
 import signal
 import struct
@@ -156,6 +157,11 @@ def page_entry(file: str, pfn: int) -> int:
     return int(value)
 
 
+def unescape(text: str) -> str:
+    """Undo /dev/kmsg's escapes (kernel: Documentation/ABI/testing/dev-kmsg), which the console does not have."""
+    return re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), text)
+
+
 @contextlib.contextmanager
 def kernel_log() -> Iterator[Callable[[], list[str]]]:
     """Yield a function that returns the lines the kernel logged since the block was entered."""
@@ -169,7 +175,7 @@ def kernel_log() -> Iterator[Callable[[], list[str]]]:
             with contextlib.suppress(BlockingIOError):
                 while True:
                     text = os.read(descriptor, 8192).decode(errors="replace")
-                    lines.append(text.split("\n", 1)[0].split(";", 1)[1])
+                    lines.append(unescape(text.split("\n", 1)[0].split(";", 1)[1]))
             return [line for line in lines if "emory failure" in line or "Machine check" in line]
 
         yield read
