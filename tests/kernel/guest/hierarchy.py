@@ -1,0 +1,402 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""The file itself, who may write it, whose value counts, and how losses are counted and reported."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.kernel.guest.pagecache import (
+    CGROUPS,
+    PAGE,
+    Cgroup,
+    KernelLog,
+    Process,
+    Trace,
+    check,
+    errno_of,
+    file_pfn,
+    libc,
+    overwrite,
+    poison,
+    quiet_writeback,
+    target,
+    wait_for,
+)
+
+NOBODY = 65534
+CLONE_NEWUSER = 0x10000000
+FILE = "memory.failure_dirty_action"
+
+
+def idle(process: Process) -> None:
+    process.wait_for_order()
+
+
+def lose(owner: Cgroup, pages: int = 1, *, stay: bool = False) -> Process | None:
+    """Have a process in a cgroup dirty pages of a file, and lose them all."""
+
+    def body(process: Process) -> None:
+        with target("ext4") as file:
+            for number in range(pages):
+                fd, _ = overwrite(file.path, number * PAGE, "write", file.size)
+            process.tell(" ".join(str(file_pfn(fd, number * PAGE)) for number in range(pages)))
+            process.wait_for_order()
+
+    process = Process(owner, body)
+    for pfn in process.hear().split():
+        poison(int(pfn), "inject")
+    if stay:
+        return process
+    process.end()
+    return None
+
+
+def test_interface() -> None:
+    group = Cgroup("interface")
+    check(False, (CGROUPS / FILE).exists(), "file on the root cgroup")
+    check("continue\n", group.action, "default")
+    for value in ("kill", "panic", "continue", "kill\n", " kill \n"):
+        group.action = value
+        check(value.strip() + "\n", group.action, f"after writing {value!r}")
+    for value in ("\n", "Kill", "kill panic", "killed", "kil", "0", "2", "default", "inherit", "max"):
+        check("EINVAL", write_error(group.path / FILE, value), f"writing {value!r}")
+        check("kill\n", group.action, f"after writing {value!r}")
+    check("continue\n", Cgroup("child", group).action, "value of a new child: nothing is copied")
+    check(0o644, (group.path / FILE).stat().st_mode & 0o777, "mode")
+    check(["failure_dirty", "failure_dirty_kill"], list(group.events())[-2:], "keys of memory.events")
+    check(list(group.events()), list(group.events(local=True)), "keys of memory.events.local")
+    delegatable = Path("/sys/kernel/cgroup/delegate").read_text().split()
+    check(False, FILE in delegatable, "delegatable")
+
+
+def write_error(path: Path, value: str) -> str:
+    """Write without what Python's files add, as truncation; return the error's name, or "ok"."""
+    fd = -1
+
+    def write() -> None:
+        nonlocal fd
+        fd = os.open(path, os.O_WRONLY)
+        os.write(fd, value.encode())
+
+    try:
+        return errno_of(write)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def test_controller_disabled() -> None:
+    top = Cgroup("disabled")
+    child = Cgroup("child", top)
+    child.action = "kill"
+    process = Process(child, idle)
+    (top.path / "cgroup.subtree_control").write_text("-memory")
+    check(False, (child.path / FILE).exists(), "file without the controller")
+    (top.path / "cgroup.subtree_control").write_text("+memory")
+    check("continue\n", child.action, "value after the controller was off")
+    process.end()
+
+
+def test_highest_kill_counts() -> None:
+    outside = Cgroup("outside")
+    top = Cgroup("highest", outside)
+    middle = Cgroup("middle", top)
+    owner = Cgroup("owner", middle)
+    sibling = Cgroup("sibling", top)
+    bare = Cgroup("bare", sibling, controllers="")
+    for group in (top, owner):
+        group.action = "kill"
+    neighbour = Cgroup("neighbour", outside)
+    doomed = [Process(group, idle) for group in (middle_leaf(middle), bare, sibling_leaf(top))]
+    spared = Process(neighbour, idle)
+    log = KernelLog()
+    process = lose(owner, stay=True)
+    assert process
+    for victim in (process, *doomed):
+        check(signal.SIGKILL, victim.wait(), "wait status")
+    check(True, spared.alive(), "process next to the group alive")
+    log.wait(r"tasks in /outside/highest are going to be killed due to memory.failure_dirty_action set$")
+    check((1, 1), top.losses(), "the group's counters")
+    check((0, 1), top.losses(local=True), "the group's local counters")
+    check((1, 0), owner.losses(), "the owner's counters")
+    check((1, 0), owner.losses(local=True), "the owner's local counters")
+    check((1, 1), outside.losses(), "the counters above")
+    check((0, 0), outside.losses(local=True), "the local counters above")
+    check((0, 0), sibling.losses(), "the sibling's counters")
+    spared.end()
+
+
+def middle_leaf(middle: Cgroup) -> Cgroup:
+    return Cgroup("leaf", middle, controllers="")
+
+
+def sibling_leaf(top: Cgroup) -> Cgroup:
+    return Cgroup("another", top, controllers="")
+
+
+def test_child_cannot_relax_nor_parent() -> None:
+    top = Cgroup("relax")
+    owner = Cgroup("owner", top)
+    top.action, owner.action = "kill", "continue"
+    process = lose(owner, stay=True)
+    assert process
+    check(signal.SIGKILL, process.wait(), "set on the parent: wait status")
+    check((1, 1), top.losses(), "the parent's counters")
+    strict = Cgroup("strict")
+    child = Cgroup("child", strict)
+    child.action = "kill"
+    other = Process(Cgroup("other", strict), idle)
+    process = lose(child, stay=True)
+    assert process
+    check(signal.SIGKILL, process.wait(), "set on the child: wait status")
+    check(True, other.alive(), "process under the lenient parent alive")
+    other.end()
+
+
+def test_special_processes() -> None:
+    """Die: those stopped, frozen, OOM-protected, init of a PID namespace, or without a first thread."""
+    group = Cgroup("special")
+    group.action = "kill"
+
+    def stopped(process: Process) -> None:
+        process.tell("here")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        process.wait_for_order()
+
+    def protected(process: Process) -> None:
+        Path("/proc/self/oom_score_adj").write_text("-1000")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        process.tell("here")
+        process.wait_for_order()
+
+    def headless(process: Process) -> None:
+        """Leave only a second thread."""
+
+        def second() -> None:
+            process.tell("here")
+            process.wait_for_order()
+
+        threading.Thread(target=second).start()
+        libc.syscall(60, 0)  # exit of this thread, x86-64
+
+    def namespace_init(process: Process) -> None:
+        libc.unshare(0x20000000)  # CLONE_NEWPID
+        child = os.fork()
+        if child == 0:
+            process.tell("here")
+            process.wait_for_order()
+            os._exit(0)
+        os.waitpid(child, 0)
+        process.wait_for_order()
+
+    processes = [Process(group, body) for body in (stopped, protected, headless, namespace_init)]
+    for process in processes:
+        check("here", process.hear(), "process")
+    frozen = Cgroup("frozen", group, controllers="")
+    processes.append(Process(frozen, idle))
+    (frozen.path / "cgroup.freeze").write_text("1")
+    wait_for(lambda: "frozen 1" in (frozen.path / "cgroup.events").read_text(), "frozen")
+    loser = lose(group, stay=True)
+    assert loser
+    for process in [loser, *processes]:
+        check(signal.SIGKILL, process.wait() & 0x7F, "signal in the wait status")
+    wait_for(lambda: not group.populated(), "empty")
+
+
+def test_removed_cgroup() -> None:
+    """Up to 6.12 a removed cgroup keeps its pages and its value; its ancestors count."""
+    top = Cgroup("remains")
+    owner = Cgroup("owner", top)
+    owner.action = "kill"
+    with target("ext4") as file:
+        process = Process(owner, lambda process: overwrite(file.path, 0, "write", file.size))
+        process.wait()
+        owner.path.rmdir()
+        fd = os.open(file.path, os.O_RDWR)
+        pfn = file_pfn(fd, 0)
+        log = KernelLog()
+        poison(pfn, "inject")
+        os.close(fd)
+    (line,) = log.lost()
+    check(("/remains/owner", "kill"), (line["memcg"], line["action"]), "the kernel's line")
+    check((1, 1), top.losses(), "the parent's counters")
+
+
+def test_root_cgroup_continues() -> None:
+    log = KernelLog()
+    with target("ext4") as file:
+
+        def in_root(process: Process) -> None:
+            (CGROUPS / "cgroup.procs").write_text(str(os.getpid()))
+            hold(process, file.path)
+
+        body = Process(None, in_root)
+        poison(int(body.hear()), "inject")
+        check(True, body.alive(), "process alive")
+        body.end()
+    (line,) = log.lost()
+    check(("/", "continue"), (line["memcg"], line["action"]), "the kernel's line")
+
+
+def hold(process: Process, path: Path) -> None:
+    fd, _ = overwrite(path, 0, "write", 0)
+    process.tell(str(file_pfn(fd, 0)))
+    process.wait_for_order()
+
+
+def test_first_toucher_is_charged() -> None:
+    """The policy is that of the cgroup that is charged, whoever wrote the data."""
+    first, writer = Cgroup("first"), Cgroup("writer")
+    writer.action = "kill"
+    with target("ext4") as file:
+        toucher = Process(first, lambda process: hold(process, file.path))
+        toucher.hear()
+        process = Process(writer, lambda process: hold(process, file.path))
+        poison(int(process.hear()), "inject")
+        check((1, 0), first.losses(), "counters of the first toucher")
+        check((0, 0), writer.losses(), "counters of the writer")
+        check(True, process.alive(), "writer alive")
+        process.end()
+        toucher.end()
+
+
+def test_events_can_be_waited_for() -> None:
+    group = Cgroup("notify")
+    with open(group.path / "memory.events") as events:
+        events.read()
+        poll = select.poll()
+        poll.register(events, select.POLLPRI)
+        check([], poll.poll(0), "events before")
+        lose(group)
+        check(True, bool(poll.poll(5000)), "poll() woken")
+        events.seek(0)
+        check(True, "failure_dirty 1\n" in events.read(), "memory.events")
+
+
+def test_storm_is_counted_and_limited() -> None:
+    """Lines are limited, and those left out are said; counters and trace events are not limited."""
+    group = Cgroup("storm")
+    pages = 200
+    time.sleep(5)  # a new interval of the kernel's limit: 10 lines in 5 s
+    log, trace = KernelLog(), Trace("storm")
+    before = time.monotonic()
+    lose(group, pages)
+    intervals = int((time.monotonic() - before) / 5) + 1
+    check((pages, 0), group.losses(), "counters")
+    check(pages, len(trace.read()), "trace events")
+    lines = len(log.lost())
+    if not 10 <= lines <= 10 * (intervals + 1):
+        raise AssertionError(f"{lines} lines in {intervals} intervals")
+    time.sleep(5)
+    lose(group)
+    said = log.wait(r"report_lost_file_data: \d+ callbacks suppressed")
+    print(json.dumps({"pages": pages, "lines": lines, "said": said.split(": ", 1)[1]}), flush=True)
+    trace.close()
+
+
+# Delegation -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def as_user(uid: int) -> Iterator[None]:
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_delegation() -> None:
+    top = Cgroup("delegated")
+    for name in (".", *Path("/sys/kernel/cgroup/delegate").read_text().split()):
+        if (top.path / name).exists():
+            os.chown(top.path / name, NOBODY, NOBODY)
+    with as_user(NOBODY):
+        for value in ("continue", "kill", "panic"):
+            check("EACCES", write_error(top.path / FILE, value), f"{value} on the top")
+    check("continue\n", top.action, "value of the top")
+
+    def user(process: Process) -> None:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        process.tell(own_cgroup(top, "own"))
+
+    def namespace_root(process: Process) -> None:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is the user's again
+        if libc.unshare(CLONE_NEWUSER):
+            raise OSError(ctypes.get_errno(), "unshare")
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {NOBODY} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {NOBODY} 1")
+        check(0, os.geteuid(), "uid in the namespace")
+        process.tell(own_cgroup(top, "namespaced"))
+
+    (top.path / "cgroup.subtree_control").write_text("+memory")
+    for body in (user, namespace_root):
+        process = Process(None, body)
+        check("panic=EPERM continue=ok kill=ok after=kill", process.hear(), body.__name__)
+        check(0, process.wait(), "status")
+
+
+def own_cgroup(top: Cgroup, name: str) -> str:
+    """Make a cgroup, which makes its files ours, and try each value."""
+    group = top.path / name
+    group.mkdir()
+    results = [f"{value}={write_error(group / FILE, value)}" for value in ("panic", "continue", "kill")]
+    check("EPERM", write_error(group / FILE, "panic"), "panic again")
+    return " ".join([*results, f"after={(group / FILE).read_text().strip()}"])
+
+
+def test_opener_counts() -> None:
+    """The privilege is that of whoever opened the file, not of whoever writes to it."""
+    group = Cgroup("opener")
+    os.chown(group.path / FILE, NOBODY, NOBODY)
+    with as_user(NOBODY):
+        fd = os.open(group.path / FILE, os.O_WRONLY)
+    check(0, os.geteuid(), "uid of the writer")
+    check("EPERM", errno_of(lambda: os.write(fd, b"panic")), "root writes to the user's file")
+    check("ok", errno_of(lambda: os.pwrite(fd, b"kill", 0)), "root writes kill to the user's file")
+    os.close(fd)
+    check("kill\n", group.action, "value")
+    fd = os.open(group.path / FILE, os.O_WRONLY)
+    with as_user(NOBODY):
+        check("ok", errno_of(lambda: os.write(fd, b"panic")), "the user writes to root's file")
+    os.close(fd)
+    check("panic\n", group.action, "value")
+    group.action = "continue"
+
+
+def main() -> None:
+    quiet_writeback()
+    tests: dict[str, Callable[[], None]] = {
+        name: value for name, value in globals().items() if name.startswith("test_")
+    }
+    failed = 0
+    for name, test in tests.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        try:
+            test()
+            print(f"ok {name}", flush=True)
+        except (AssertionError, OSError) as error:
+            failed += 1
+            print(f"not ok {name}: {error}", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+main()

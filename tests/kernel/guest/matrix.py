@@ -1,0 +1,190 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""matrix inject|srao: lose pages of every kind of file, under continue and kill; print a JSON object a case.
+
+The cgroups: top (ancestor), top/owner (the charge and the policy) and top/owner/sub, which has no memory
+controller of its own and holds the processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from itertools import count
+
+from tests.kernel.guest.pagecache import (
+    COMPOUND_HEAD,
+    COMPOUND_TAIL,
+    HWPOISON,
+    NEW,
+    OLD,
+    PAGE,
+    Cgroup,
+    KernelLog,
+    Process,
+    Target,
+    Trace,
+    check,
+    file_pfn,
+    has_flag,
+    is_dirty,
+    overwrite,
+    poison,
+    quiet_writeback,
+    target,
+)
+
+# File system, how the page is dirtied, and what becomes of it: dropped, kept because it cannot be dropped, or
+# kept in a large folio that was not split.
+CASES = (
+    ("ext4", "write", "dropped"),
+    ("ext4", "mmap", "dropped"),
+    ("xfs", "write", "dropped"),
+    ("xfs", "mmap", "dropped"),
+    ("xfs", "large", "unsplit"),
+    ("vfat", "write", "kept"),
+    ("vfat", "mmap", "kept"),
+    ("bdev", "write", "kept"),
+    ("bdev", "mmap", "kept"),
+)
+POS = 64 * PAGE
+
+KERNEL_SAYS = {
+    "dropped": r"recovery action for dirty LRU page: Recovered",
+    "unsplit": r"recovery action for unsplit thp: Failed",
+    "kept": r"recovery action for dirty LRU page: Failed",
+}
+
+
+def victim(process: Process, file: Target, how: str) -> None:
+    """Dirty a page, tell its frame, and on order sync and read it, as an application would."""
+    fd, mapping = overwrite(file.path, POS, how, file.size)
+    process.tell(str(file_pfn(fd, POS)))
+    process.wait_for_order()
+    if mapping:
+        mapping.close()  # a touch would be SIGBUS
+    try:
+        os.fsync(fd)
+        result = "ok"
+    except OSError as error:
+        result = errno.errorcode[error.errno or 0]
+    # Not where the poisoned page is still there: reading it would be the next machine check.
+    process.tell(result)
+    process.wait_for_order()
+    process.tell({OLD: "old", NEW: "new"}.get(os.pread(fd, 1, POS), "other"))
+    process.wait_for_order()
+
+
+numbers = count()
+
+
+def run_case(kind: str, how: str, fate: str, action: str, injection: str, trace: Trace) -> dict[str, object]:
+    top = Cgroup(f"top{next(numbers)}")
+    owner = Cgroup("owner", top)
+    sub = Cgroup("sub", owner, controllers="")
+    owner.action = action
+    log = KernelLog()
+    with target(kind) as file:
+        stat = file.path.stat()
+        reader = Process(sub, lambda process: victim(process, file, how))
+        bystander = Process(sub, lambda process: process.wait_for_order())
+        outsider = Process(Cgroup("outside", top), lambda process: process.wait_for_order())
+        pfn = int(reader.hear())
+        check(True, is_dirty(pfn), "page dirty before")
+        large = has_flag(pfn, COMPOUND_HEAD, COMPOUND_TAIL)
+        check(how == "large", large, "page in a large folio before")
+        trace.read()
+
+        poison(pfn, injection)
+
+        check(True, has_flag(pfn, HWPOISON), "page poisoned")
+        log.wait(rf"Memory failure: {pfn:#x}: {KERNEL_SAYS[fate]}")
+
+        # The kernel's line
+        lost = log.lost()
+        check(1, len(lost), "lines about lost data")
+        line = lost[0]
+        check(f"{pfn:x}", line["pfn"], "pfn")
+        check(file.device, os.makedev(int(line["major"]), int(line["minor"])), "device")
+        check(POS, int(line["pos"]), "pos")
+        if kind != "bdev":
+            check(stat.st_ino, int(line["ino"]), "inode")
+            check(stat.st_mode, int(line["mode"], 8), "mode")
+        check(owner.name, line["memcg"], "memcg")
+        check(action, line["action"], "action")
+
+        # Counters: pages at the owner and its ancestors, kills at the group that is killed
+        killed = int(action == "kill")
+        check((1, killed), owner.losses(), "owner's memory.events")
+        check((1, killed), owner.losses(local=True), "owner's memory.events.local")
+        check((1, killed), top.losses(), "ancestor's memory.events")
+        check((0, 0), top.losses(local=True), "ancestor's memory.events.local")
+
+        # Tracepoint
+        events = trace.read()
+        check(1, len(events), "trace events")
+        device = f"{os.major(file.device)}:{os.minor(file.device)}"
+        expected = {"pfn": f"{pfn:#x}", "dev": device, "pos": str(POS)}
+        expected |= {"cgroup_id": str(owner.id), "action": action}
+        if kind != "bdev":
+            expected["ino"] = str(stat.st_ino)
+        check(expected, {key: events[0][key] for key in expected}, "trace event")
+
+        # What the processes see
+        result: dict[str, object] = {"fs": kind, "how": how, "fate": fate, "action": action}
+        if action == "kill":
+            group = log.wait(rf"{pfn:#x}: tasks in .* are going to be killed")
+            check(True, f"tasks in {owner.name} are" in group, "the group in the kernel's line")
+            check(signal.SIGKILL, reader.wait(), "reader's wait status")
+            check(signal.SIGKILL, bystander.wait(), "bystander's wait status")
+            check(True, outsider.alive(), "process outside of the group alive")
+            # The error is there for whoever has the file open, and for the next one to open it.
+            result["fsync"] = fsync_of(file)
+            check(False, owner.populated(), "group populated")
+        else:
+            reader.order()
+            result["fsync"] = reader.hear()
+            check(True, bystander.alive(), "bystander alive")
+            if fate == "dropped":
+                reader.order()
+                result["read"] = reader.hear()
+                check("old", result["read"], "data read after the loss")
+            reader.end()
+            bystander.end()
+        outsider.end()
+        check("EIO", result["fsync"], "fsync")
+    log.close()
+    return result
+
+
+def fsync_of(file: Target) -> str:
+    """Return the result of fsync() on a file opened after the loss: it reports what nobody has seen yet."""
+    fd = os.open(file.path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    finally:
+        os.close(fd)
+    return "ok"
+
+
+def main() -> None:
+    (injection,) = sys.argv[1:]
+    quiet_writeback()
+    trace = Trace()
+    for kind, how, fate in CASES:
+        for action in ("continue", "kill"):
+            time.sleep(0.6)  # the kernel prints ten lines in 5 s at most
+            try:
+                print(json.dumps(run_case(kind, how, fate, action, injection, trace)), flush=True)
+            except AssertionError as error:
+                case = {"fs": kind, "how": how, "action": action, "error": str(error)}
+                print(json.dumps(case), flush=True)
+
+
+main()

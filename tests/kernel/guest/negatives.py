@@ -1,0 +1,134 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""Lose pages that are no dirty file data, with panic set: nothing may happen, and nothing be counted."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.kernel.guest.pagecache import (
+    HWPOISON,
+    OLD,
+    PAGE,
+    Cgroup,
+    KernelLog,
+    Process,
+    Trace,
+    address_of,
+    check,
+    file_pfn,
+    has_flag,
+    is_dirty,
+    overwrite,
+    pfn_at,
+    poison,
+    quiet_writeback,
+    target,
+)
+
+HUGE = 2 << 20
+
+
+def anonymous() -> tuple[int, object]:
+    memory = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = b"x" * PAGE
+    return pfn_at(address_of(memory)), memory
+
+
+def shared_anonymous() -> tuple[int, object]:
+    memory = mmap.mmap(-1, PAGE)
+    memory[:] = b"x" * PAGE
+    return pfn_at(address_of(memory)), memory
+
+
+def tmpfs() -> tuple[int, object]:
+    fd = os.open("/dev/shm/file", os.O_RDWR | os.O_CREAT)
+    os.write(fd, b"x" * PAGE)
+    return file_pfn(fd, 0), fd
+
+
+def memfd() -> tuple[int, object]:
+    fd = os.memfd_create("guest-ram")
+    os.write(fd, b"x" * PAGE)
+    return file_pfn(fd, 0), fd
+
+
+def hugetlbfs() -> tuple[int, object]:
+    Path("/proc/sys/vm/nr_hugepages").write_text("4")
+    directory = Path("/mnt/huge")
+    directory.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "hugetlbfs", "none", directory], check=True)
+    fd = os.open(directory / "file", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, HUGE)
+    memory = mmap.mmap(fd, HUGE)
+    memory[:1] = b"x"
+    return pfn_at(address_of(memory)), memory
+
+
+def clean() -> tuple[int, object]:
+    with target("ext4") as file:
+        fd = os.open(file.path, os.O_RDWR)
+        check(OLD, os.pread(fd, 1, 0), "contents")
+        pfn = file_pfn(fd, 0)
+        check(False, is_dirty(pfn), "page dirty")
+        return pfn, fd
+
+
+def written_back() -> tuple[int, object]:
+    with target("ext4") as file:
+        fd, _ = overwrite(file.path, 0, "write", file.size)
+        os.fsync(fd)
+        return file_pfn(fd, 0), fd
+
+
+def dirty() -> tuple[int, object]:
+    with target("ext4") as file:
+        fd, _ = overwrite(file.path, 0, "write", file.size)
+        pfn = file_pfn(fd, 0)
+        check(True, is_dirty(pfn), "page dirty")
+        return pfn, fd
+
+
+def soft_offline(pfn: int) -> None:
+    Path("/sys/devices/system/memory/soft_offline_page").write_text(hex(pfn * PAGE))
+
+
+def body(process: Process, make: Callable[[], tuple[int, object]]) -> None:
+    pfn, keep = make()
+    process.tell(str(pfn))
+    process.wait_for_order()
+    del keep
+
+
+def main() -> None:
+    quiet_writeback()
+    trace = Trace()
+    injected = (anonymous, shared_anonymous, tmpfs, memfd, hugetlbfs, clean, written_back)
+    cases = [(make, "inject") for make in injected]
+    cases += [(make, "srao") for make in (anonymous, tmpfs, clean)]
+    cases.append((dirty, "soft"))
+    for number, (make, how) in enumerate(cases):
+        owner = Cgroup(f"owner{number}")
+        owner.action = "panic"
+        log = KernelLog()
+        process = Process(owner, partial(body, make=make))
+        pfn = int(process.hear())
+        if how == "soft":
+            soft_offline(pfn)
+        else:
+            poison(pfn, how)
+        check(True, has_flag(pfn, HWPOISON), f"{make.__name__}: page poisoned")
+        check((0, 0), owner.losses(), f"{make.__name__}: counters")
+        check([], log.lost(), f"{make.__name__}: kernel's lines")
+        check([], trace.read(), f"{make.__name__}: trace events")
+        if make is hugetlbfs:
+            Path("/proc/sys/vm/nr_hugepages").write_text("0")
+        print(f"ok {make.__name__} {how}", flush=True)
+
+
+main()
