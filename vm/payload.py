@@ -12,12 +12,17 @@ from pathlib import Path
 from vm.host import TREE, cache_dir, install_packages, run
 from vm.image import GUEST_FILES, GUEST_LIBRARY
 
-HOST_PACKAGES = ("meson", "ninja-build", "pkgconf", "systemd")
-# systemd.pc, which meson.build asks for directories, is in systemd itself before Debian 13.
-SYSTEMD_PC = Path("/usr/share/pkgconfig/systemd.pc")
+HOST_PACKAGES = ("meson", "ninja-build")
 
-# The guest's, not those of the host's systemd.
-GUEST_DIRECTORIES = ("-Dsystemdsystemunitdir=/usr/lib/systemd/system", "-Dcatalogdir=/usr/lib/systemd/catalog")
+# Where the guest's systemd looks, not the host's: Debian 12 and 13 differ.
+MESON_OPTIONS = (
+    "--prefix=/usr",
+    "--sysconfdir=/etc",
+    "--localstatedir=/var",
+    "-Dsystemdsystemunitdir=/usr/lib/systemd/system",
+    "-Dcatalogdir=/usr/lib/systemd/catalog",
+    "-Dman=disabled",
+)
 
 UNITS = "etc/systemd/system"
 FILES = {
@@ -57,13 +62,8 @@ def as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
 def install_tree(stage: Path, build: Path) -> None:
     """Install the working tree by meson below a directory."""
     install_packages(HOST_PACKAGES)
-    if not SYSTEMD_PC.exists():
-        install_packages(["systemd-dev"])
     log = cache_dir("log") / "meson.log"
-    run(
-        ["meson", "setup", "--prefix=/usr", "--sysconfdir=/etc", *GUEST_DIRECTORIES, build, TREE],
-        log=log,
-    )
+    run(["meson", "setup", *MESON_OPTIONS, build, TREE], log=log)
     run(["meson", "install", "-C", build], log=log, env={"DESTDIR": str(stage)})
 
 
