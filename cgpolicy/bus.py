@@ -19,6 +19,7 @@ from gi.repository import Gio, GLib
 
 from cgpolicy import __version__
 from cgpolicy.action import Action
+from cgpolicy.client import MANAGER, MANAGER_PATH, NAME, NO_RELOAD, UNIT
 from cgpolicy.error import NoSuchUnit, NotSupported, UserError
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.polkit import Authority
@@ -27,15 +28,10 @@ from cgpolicy.systemd import UnitFacts
 from cgpolicy.systemd_watch import SystemdWatch
 from cgpolicy.unitname import POLICY_TYPES, bus_label_escape, check, unit_type
 
-NAME = "org.cgpolicy1"
-MANAGER_PATH = "/org/cgpolicy1"
 UNIT_PATH = f"{MANAGER_PATH}/unit/"
-MANAGER = f"{NAME}.Manager"
-UNIT = f"{NAME}.Unit"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 STANDARD_ERROR = "org.freedesktop.DBus.Error."
 
-NO_RELOAD = 1  # flag bit 0 of the methods that write: do not ask systemd to reload
 FAILURES = (State.FAILED, State.NO_CONTROLLER)
 MATCHES_MAX = 1024  # patterns of one ListUnits call
 

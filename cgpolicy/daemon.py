@@ -17,7 +17,7 @@ from pystemd import daemon as sd_daemon
 
 from cgpolicy import __version__, journal
 from cgpolicy.action import Action
-from cgpolicy.bus import NAME, BusFace
+from cgpolicy.bus import BusFace
 from cgpolicy.cgroupfs import (
     CONTROL_FILE,
     POLICY_FILE,
@@ -29,6 +29,7 @@ from cgpolicy.cgroupfs import (
     Written,
     unit_of_directory,
 )
+from cgpolicy.client import NAME
 from cgpolicy.error import UserError
 from cgpolicy.losses import Loss, LossReader
 from cgpolicy.machined import MachineWatch
