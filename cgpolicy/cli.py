@@ -307,7 +307,8 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("unit", metavar="UNIT")
     added = command("set", set_policy)
     unit_or_machine(added)
-    added.add_argument("action", metavar="ACTION", choices=list(Action), help="panic, kill or continue")
+    words = [action.value for action in Action]
+    added.add_argument("action", metavar="ACTION", choices=words, help="panic, kill or continue")
     unit_or_machine(command("unset", unset_policy))
     command("monitor", monitor)
     added = command("verify", verify)

@@ -90,25 +90,26 @@ class SystemdManager:
 
     def __init__(self) -> None:
         # Here and not above: pystemd takes longer to import than the rest of the command together.
-        from pystemd.dbuslib import DBus, DBusError
+        from pystemd.dbusexc import DBusBaseError
+        from pystemd.dbuslib import DBus
 
         self._bus = DBus()
         try:
             self._bus.open()
-        except DBusError as error:
+        except DBusBaseError as error:
             raise UserError(f"no system bus to reach systemd by: {error}", hint="is dbus.service running?") from None
 
     def close(self) -> None:
         self._bus.close()
 
     def _get(self, path: str, interface: str, name: str, signature: str) -> object:
-        from pystemd.dbuslib import DBusError
+        from pystemd.dbusexc import DBusBaseError
 
         try:
             value = self._bus.get_property(
                 SERVICE.encode(), path.encode(), interface.encode(), name.encode(), signature.encode()
             )
-        except DBusError as error:
+        except DBusBaseError as error:
             raise UserError(f"systemd does not tell {name}: {error}", hint="this needs systemd as PID 1") from None
         if isinstance(value, list):
             return [item.decode() for item in value]

@@ -260,6 +260,7 @@ class Machine:
             return self._panic()
         if not self.started:
             return self._lost(f"the guest did not come up within {BOOT_SECONDS:.0f} s")
+        self._drain()
         return Outcome(EXIT_TIMEOUT, self._console(), reason=f"timeout after {self.request.timeout} s")
 
     def _ended(self) -> Outcome:

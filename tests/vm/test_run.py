@@ -45,7 +45,7 @@ def test_panic(guest: Guest) -> None:
 
 
 def test_timeout(guest: Guest) -> None:
-    done = guest.run("sh", "-c", "echo before; sleep 999", timeout=3)
+    done = guest.run("sh", "-c", "echo before; sleep 999", timeout=10)
     assert done.status == 124
     assert done.stdout == "before\n"
 

@@ -231,7 +231,7 @@ def read_back(workload: Workload) -> str:
     """Return what anybody reads from the file's lost page now."""
     with open(workload.file, "rb") as file:
         file.seek(LOST_OFFSET)
-        return file.read(16).decode(errors="replace").rstrip(".")
+        return file.read(16).decode(errors="replace").rstrip(".\0")
 
 
 def main() -> None:

@@ -95,6 +95,8 @@ def main() -> None:
         if started.returncode != 0:
             tell(event="failed", reason=f"{DAEMON} did not start", journal=journal("-b", "-u", DAEMON))
             return
+    # What the command waits for; its time counts from here.
+    systemctl("start", "multi-user.target")
     tell(event="started")
     command = subprocess.Popen(
         ["systemctl", "--quiet", "start", "--wait", COMMAND],

@@ -41,6 +41,7 @@ def main() -> int:
         answer = b""
         while not answer.endswith(b"\n"):
             answer += os.read(descriptor, 4096)
+        os.close(descriptor)  # before the lock goes: a port can be opened only once
     if answer != b"ok\n":
         print(f"vm-mce: {answer.decode().strip()}", file=sys.stderr)
         return 1
