@@ -51,8 +51,10 @@ def read_setting(files: Iterable[tuple[str, bytes]]) -> Setting:
     winner: int | None = None
     for path, content in files:
         parsed = parse(content, path)
-        # systemd itself warns of lines in its own sections; a break hides ours as well.
-        problems += [problem for problem in parsed.problems if parsed.broken and problem is parsed.problems[-1]]
+        # Of lines in X- sections systemd says nothing, of others it warns itself; a break hides ours as well.
+        problems += [problem for problem in parsed.problems if problem.section == SECTION]
+        if parsed.broken:
+            problems.append(parsed.problems[-1])
         for assignment in parsed.assignments:
             if assignment.section.lower() == SECTION.lower() and assignment.section != SECTION:
                 problems.append(misspelled_section(assignment))

@@ -31,11 +31,12 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something in a file that systemd would ignore or stop at."""
+    """Something in a file that systemd would ignore or stop at; section is None before the first header."""
 
     path: str
     line: int
     message: str
+    section: str | None = None
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.message}"
@@ -84,7 +85,7 @@ class _Reader:
     problems: list[Problem] = field(default_factory=list)
 
     def problem(self, line: int, message: str) -> None:
-        self.problems.append(Problem(self.path, line, message))
+        self.problems.append(Problem(self.path, line, message, self.section))
 
     def logical_line(self, data: bytes, line: int) -> None:
         data = data.strip(WHITESPACE)

@@ -77,7 +77,11 @@ def test_only_the_words_themselves_count(value: str) -> None:
             "[X-cgpolicy]\nMemoryFailureDirtyAction=kill\n",
             "2: section [X-cgpolicy] ignored; did you mean [X-CgPolicy]?",
         ),
+        ("[X-CgPolicy]\nMemoryFailureDirtyAction kill\n", "2: no = in line: MemoryFailureDirtyAction kill"),
+        ("[X-CgPolicy]\n=kill\n", "2: no key before ="),
         ("[Unit]\n[broken\n", "2: section header without ]: [broken; the file is ignored from here on"),
+        ("[Unit]\nnothing\n[broken\n", "3: section header without ]: [broken; the file is ignored from here on"),
+        ("[X-CgPolicy]\n[broken\n", "2: section header without ]: [broken; the file is ignored from here on"),
     ],
 )
 def test_problem_says_where_what_and_the_next_step(content: str, problem: str) -> None:
@@ -104,6 +108,11 @@ def test_problems_stand_in_reading_order() -> None:
     assert [(problem.path, problem.line) for problem in read(bad, bad + "[x\n").problems] == [
         ("1.conf", 2), ("1.conf", 4), ("1.conf", 5), ("2.conf", 2), ("2.conf", 4), ("2.conf", 5), ("2.conf", 6),
     ]
+
+
+def test_a_problem_is_told_once_of_a_file_that_is_read_twice() -> None:
+    file = "1.conf", assign("halt").encode()
+    assert len(read_setting([file, file]).problems) == 1
 
 
 def test_every_assignment_says_what_became_of_it() -> None:
