@@ -79,10 +79,10 @@ def resolve(
             if (trial.path, trial.line) == (setting.path, setting.line) and setting.action is not None:
                 if kind not in POLICY_TYPES:
                     verdict = f"ignored: a {kind} unit has no control group"
-                elif kind == "slice":
-                    verdict = "default of the units in this slice" if source is SourceKind.UNIT_FILE else verdict
                 elif winner is not None:
                     verdict = f"lost: {winner[0]} {winner[1].path}:{winner[1].line} comes first"
+                elif kind == "slice":
+                    verdict = "default of the units in this slice"
                 else:
                     verdict = "in force"
             candidates.append(Candidate(source, trial.path, trial.line, trial.value, verdict + note))
