@@ -5,18 +5,19 @@ Booting costs 20 to 60 seconds: put several checks into one script, have it prin
 assert on that on the host. A module-scoped fixture shares one boot between tests:
 
     @pytest.fixture(scope="module")
-    def seen(guest: Guest) -> dict[str, Any]:
-        done = guest.script("policy.py")          # tests/vm/guest/policy.py, run as root in the guest
-        assert done.status == 0
-        return json.loads(done.stdout)
+    def told(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+        return guest.module("policy", tmp_path_factory.mktemp("policy"))    # tests/vm/guest/policy.py
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,6 +73,14 @@ class Guest:
     def script(self, name: str, *arguments: str, kernel: str = "patched", smp: int = 1) -> Result:
         """Run an executable file of tests/vm/guest/, which the guest sees at /mnt/share."""
         return self.run(f"/mnt/share/{name}", *arguments, share=SCRIPTS, kernel=kernel, smp=smp)
+
+    def module(self, name: str, share: Path) -> list[dict[str, Any]]:
+        """Run a Python module of tests/vm/guest/ from a shared directory; return the objects that it printed."""
+        shutil.copytree(SCRIPTS, share / SCRIPTS.relative_to(TREE), dirs_exist_ok=True)
+        enter = 'cd /mnt/share && exec python3 -m "$0"'
+        done = self.run("sh", "-c", enter, f"tests.vm.guest.{name}", share=share)
+        assert done.status == 0
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="session")
