@@ -70,10 +70,6 @@ class Guest:
         print(f"$ {' '.join(command)}", done.stdout[-20000:], done.stderr[-20000:], sep="\n")
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def script(self, name: str, *arguments: str, kernel: str = "patched", smp: int = 1) -> Result:
-        """Run an executable file of tests/vm/guest/, which the guest sees at /mnt/share."""
-        return self.run(f"/mnt/share/{name}", *arguments, share=SCRIPTS, kernel=kernel, smp=smp)
-
     def module(self, name: str, share: Path) -> list[dict[str, Any]]:
         """Run a Python module of tests/vm/guest/ from a shared directory; return the objects that it printed."""
         shutil.copytree(SCRIPTS, share / SCRIPTS.relative_to(TREE), dirs_exist_ok=True)

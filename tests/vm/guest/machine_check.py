@@ -51,7 +51,9 @@ def main() -> None:
     with open(PATH, "rb") as file:
         pages = [os.pread(file.fileno(), 7, offset).decode() for offset in OFFSETS]
     nonsense = subprocess.run(["vm-mce", "nonsense"], capture_output=True, check=False).returncode
-    json.dump({"statuses": statuses, "lines": lines, "pages": pages, "nonsense": nonsense}, sys.stdout)
+    xfs = subprocess.run(["mkfs.xfs", "-V"], stdout=subprocess.DEVNULL, check=False).returncode
+    seen = {"statuses": statuses, "lines": lines, "pages": pages, "nonsense": nonsense, "mkfs.xfs": xfs}
+    json.dump(seen, sys.stdout)
 
 
 main()
