@@ -83,8 +83,9 @@ class CgroupTree:
         """Set a cgroup's own value; raise NotSupported without the file and WriteFailed if the kernel refuses."""
         path = self.path(cgroup) / POLICY_FILE
         try:
-            # Not Path.write_text(): it would create a plain file where the kernel has none.
-            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            # Not Path.write_text(): it would create a plain file where the kernel has none. O_TRUNC as a shell's >,
+            # so that a tree of plain files will do for tests.
+            descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             raise NotSupported(
                 f"{cgroup or '/'}: no {POLICY_FILE}",
