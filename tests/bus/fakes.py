@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What cgpolicyd talks to: a systemd with units from a directory, and a polkit that obeys the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gi.repository import Gio, GLib
+
+from cgpolicy.systemd import INTERFACES, MANAGER, MANAGER_PATH, SERVICE, UNIT, unit_path
+from cgpolicy.unitname import unit_type
+from tests.bus.privatebus import Client
+
+SYSTEMD_XML = f"""<node>
+  <interface name="{MANAGER}">
+    <method name="Subscribe"/>
+    <method name="Reload"/>
+    <method name="ListUnits"><arg type="a(ssssssouso)" direction="out"/></method>
+    <signal name="UnitNew"><arg type="s"/><arg type="o"/></signal>
+    <signal name="UnitRemoved"><arg type="s"/><arg type="o"/></signal>
+    <signal name="JobRemoved"><arg type="u"/><arg type="o"/><arg type="s"/><arg type="s"/></signal>
+    <signal name="Reloading"><arg type="b"/></signal>
+  </interface>
+  <interface name="{UNIT}">
+    <property name="LoadState" type="s" access="read"/>
+    <property name="FragmentPath" type="s" access="read"/>
+    <property name="DropInPaths" type="as" access="read"/>
+  </interface>
+""" + "".join(
+    f"""<interface name="{interface}">
+    <property name="Slice" type="s" access="read"/>
+    <property name="ControlGroup" type="s" access="read"/>
+  </interface>"""
+    for interface in INTERFACES.values()
+) + "</node>"
+
+POLKIT = "org.freedesktop.PolicyKit1"
+POLKIT_XML = """<node>
+  <interface name="org.freedesktop.PolicyKit1.Authority">
+    <method name="CheckAuthorization">
+      <arg type="(sa{sv})" direction="in"/><arg type="s" direction="in"/><arg type="a{ss}" direction="in"/>
+      <arg type="u" direction="in"/><arg type="s" direction="in"/><arg type="(bba{ss})" direction="out"/>
+    </method>
+    <method name="CancelCheckAuthorization"><arg type="s" direction="in"/></method>
+  </interface>
+</node>"""
+
+
+@dataclass(slots=True)
+class FakeUnit:
+    """A unit as systemd shows it; drop_ins is what it read when it last loaded its files."""
+
+    name: str
+    fragment: str = ""
+    slice: str = "system.slice"
+    cgroup: str = ""
+    load_state: str = "loaded"
+    drop_ins: tuple[str, ...] = ()
+
+    def value(self, name: str) -> Any:
+        values = {
+            "LoadState": ("s", self.load_state),
+            "FragmentPath": ("s", self.fragment),
+            "DropInPaths": ("as", self.drop_ins),
+            "Slice": ("s", self.slice),
+            "ControlGroup": ("s", self.cgroup),
+        }
+        return GLib.Variant(*values[name])
+
+
+class FakeSystemd:
+    """org.freedesktop.systemd1: unit files below a root directory; signals only to those who have subscribed."""
+
+    def __init__(self, client: Client, root: Path) -> None:
+        self.client = client
+        self.root = root
+        self.units: dict[str, FakeUnit] = {}
+        self.listed: set[str] = set()
+        self.reloads = 0
+        self.subscribed = False
+        self.holding = False
+        self._held: list[Callable[[], None]] = []
+        self._info = Gio.DBusNodeInfo.new_for_xml(SYSTEMD_XML)
+        self._register(MANAGER_PATH, MANAGER, self._manager)
+        client.own(SERVICE)
+
+    def _register(self, path: str, interface: str, call: Callable[..., None]) -> None:
+        # Without getters GDBus hands Properties.Get to the method handler, which can hold it back.
+        self.client.connection.register_object(path, self._info.lookup_interface(interface), call, None, None)
+
+    def add(self, name: str, *, listed: bool = True, **values: Any) -> FakeUnit:
+        """Make a unit known; one that is not listed is loaded when somebody asks for it."""
+        unit = self.units[name] = FakeUnit(name, **values)
+        unit.drop_ins = self.find_drop_ins(name)
+        if listed:
+            self.listed.add(name)
+        for interface in (UNIT, INTERFACES[unit_type(name)]):
+            self._register(unit_path(name), interface, partial(self._unit, unit))
+        return unit
+
+    def find_drop_ins(self, name: str) -> tuple[str, ...]:
+        """Return a unit's drop-ins; of one base name the directory with precedence counts (systemd.unit(5))."""
+        found: dict[str, str] = {}
+        for base in ("run/systemd/system", "etc/systemd/system"):
+            found |= {path.name: str(path) for path in (self.root / base / f"{name}.d").glob("*.conf")}
+        return tuple(found[name] for name in sorted(found))
+
+    def emit(self, signal: str, signature: str, *values: object) -> None:
+        if self.subscribed:
+            values_ = GLib.Variant(signature, values)
+            self.client.connection.emit_signal(None, MANAGER_PATH, MANAGER, signal, values_)
+
+    def unit_new(self, name: str) -> None:
+        self.listed.add(name)
+        self.emit("UnitNew", "(so)", name, unit_path(name))
+
+    def unit_removed(self, name: str) -> None:
+        self.listed.discard(name)
+        self.emit("UnitRemoved", "(so)", name, unit_path(name))
+
+    def job_removed(self, name: str) -> None:
+        self.emit("JobRemoved", "(uoss)", 1, f"{MANAGER_PATH}/job/1", name, "done")
+
+    def reload(self) -> None:
+        """Do as systemctl daemon-reload does."""
+        self.reloads += 1
+        self.emit("Reloading", "(b)", True)
+        for unit in self.units.values():
+            unit.drop_ins = self.find_drop_ins(unit.name)
+        self.emit("Reloading", "(b)", False)
+
+    def go_on(self) -> None:
+        """Answer what was held back."""
+        self.holding = False
+        held, self._held = self._held, []
+        for answer in held:
+            answer()
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    def _manager(
+        self, connection: Any, sender: str, path: str, interface: str, method: str, arguments: Any, invocation: Any
+    ) -> None:
+        if method == "Subscribe":
+            self.subscribed = True
+            invocation.return_value(None)
+        elif method == "Reload":
+            self.reload()
+            invocation.return_value(None)
+        else:
+            rows = [(name, name, "loaded", "active", "running", "", unit_path(name), 0, "", "/")
+                    for name in sorted(self.listed)]
+            rows.append(("basic.target", "", "loaded", "active", "active", "", unit_path("basic.target"), 0, "", "/"))
+            invocation.return_value(GLib.Variant("(a(ssssssouso))", (rows,)))
+
+    def _unit(
+        self, unit: FakeUnit, connection: Any, sender: str, path: str, interface: str, method: str, arguments: Any,
+        invocation: Any,
+    ) -> None:
+        _, name = arguments.unpack()
+
+        def answer() -> None:
+            invocation.return_value(GLib.Variant("(v)", (unit.value(name),)))
+
+        if self.holding:
+            self._held.append(answer)
+        else:
+            answer()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What polkit was asked."""
+
+    sender: str
+    action_id: str
+    details: dict[str, str]
+    flags: int
+    cookie: str
+    invocation: Any
+
+    def answer(self, authorized: bool, challenge: bool = False) -> None:
+        self.invocation.return_value(GLib.Variant("((bba{ss}))", ((authorized, challenge, {}),)))
+
+
+class FakePolkit:
+    """org.freedesktop.PolicyKit1: allow, deny, challenge (says that a password is needed) or hang."""
+
+    def __init__(self, client: Client, answer: str = "allow") -> None:
+        self.client = client
+        self.answer = answer
+        self.questions: list[Question] = []
+        self.cancelled: list[str] = []
+        info = Gio.DBusNodeInfo.new_for_xml(POLKIT_XML).interfaces[0]
+        client.connection.register_object("/org/freedesktop/PolicyKit1/Authority", info, self._call, None, None)
+        client.own(POLKIT)
+
+    def _call(
+        self, connection: Any, sender: str, path: str, interface: str, method: str, arguments: Any, invocation: Any
+    ) -> None:
+        if method == "CancelCheckAuthorization":
+            self.cancelled.append(arguments.unpack()[0])
+            invocation.return_value(None)
+            return
+        (kind, subject), action_id, details, flags, cookie = arguments.unpack()
+        assert kind == "system-bus-name"
+        question = Question(subject["name"], action_id, details, flags, cookie, invocation)
+        self.questions.append(question)
+        if self.answer != "hang":
+            question.answer(self.answer == "allow", self.answer == "challenge")
