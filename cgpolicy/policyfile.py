@@ -31,7 +31,7 @@ HEADER = "# Written by cgpolicy; \"cgpolicy unset\" removes it. See cgpolicy(5).
 
 
 class PolicyFiles:
-    """Below a root directory that is / but in tests. Every OSError becomes WriteFailed, the old file standing."""
+    """Below a root directory that is / but in tests. Every OSError becomes WriteFailed, which says what stands."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
@@ -125,20 +125,26 @@ class PolicyFiles:
                     with contextlib.suppress(OSError):
                         os.unlink(temporary, dir_fd=directory)
                     raise
-                os.fsync(directory)
             except OSError as error:
                 raise WriteFailed(f"{path}: {error.strerror}", hint="nothing was changed") from None
+            self._sync(directory, path, "the new file stands, but may not outlast a loss of power")
 
     def _remove(self, path: Path) -> bool:
         try:
             with self._directory(path, make=False) as directory:
                 os.unlink(path.name, dir_fd=directory)
-                os.fsync(directory)
+                self._sync(directory, path, "it is removed, but may be back after a loss of power")
         except FileNotFoundError:
             return False
         except OSError as error:
             raise WriteFailed(f"{path}: {error.strerror}", hint="nothing was changed") from None
         return True
+
+    def _sync(self, directory: int, path: Path, hint: str) -> None:
+        try:
+            os.fsync(directory)
+        except OSError as error:
+            raise WriteFailed(f"{path.parent}: {error.strerror}", hint=hint) from None
 
     @contextlib.contextmanager
     def _directory(self, path: Path, *, make: bool) -> Iterator[int]:
