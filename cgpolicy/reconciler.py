@@ -50,6 +50,7 @@ class Unit:
     cgroup_id: int = 0
     corrected: bool = False  # put right once in this cgroup; not a second time
     reported: frozenset[Problem] = frozenset()
+    told: tuple[object, ...] = ()  # visible() when it was last reported
 
     @property
     def name(self) -> str:
@@ -231,7 +232,6 @@ class Reconciler:
 
     def _settle(self, unit: Unit) -> None:
         """Decide, apply, look, and report if anything that a client can see is different."""
-        before = unit.visible()
         by_uuid, by_name = self._rule(self.machine_uuid(unit.name)), self._rule(machine_name(unit.name))
         unit.decision = resolve(
             unit.name,
@@ -252,7 +252,8 @@ class Reconciler:
         self._apply(unit)
         self.reports.settled(unit)
         unit.effective = self.tree.effective(unit.facts.cgroup)
-        if unit.visible() != before:
+        if unit.visible() != unit.told:
+            unit.told = unit.visible()
             self.reports.changed(unit)
 
     def _apply(self, unit: Unit) -> None:
