@@ -293,6 +293,10 @@ class Reconciler:
                 self.tree.mark(cgroup, None)
             return unset
         if found is None:
+            # The kernel forgets the value with the controller; when both come back nobody has interfered.
+            if ours is not None:
+                self.tree.mark(cgroup, None)
+            unit.corrected = False
             unit.error = f"{cgroup} has no memory controller; set MemoryAccounting=yes for it and its slice"
             return State.NO_CONTROLLER
         if found != wanted:
