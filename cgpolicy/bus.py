@@ -24,12 +24,14 @@ from cgpolicy.error import NoSuchUnit, NotSupported, UserError
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.polkit import Authority
 from cgpolicy.reconciler import Reconciler, State, Unit
+from cgpolicy.setting import read_setting
 from cgpolicy.systemd import UnitFacts
 from cgpolicy.systemd_watch import SystemdWatch
-from cgpolicy.unitname import POLICY_TYPES, bus_label_escape, check, unit_type
+from cgpolicy.unitname import POLICY_TYPES, bus_label_escape, check, machine_name, parent_slices, unit_type
 
 UNIT_PATH = f"{MANAGER_PATH}/unit/"
 PROPERTIES = "org.freedesktop.DBus.Properties"
+MACHINE_SLICE = "machine.slice"  # where machines are unless somebody says otherwise (systemd.special(7))
 STANDARD_ERROR = "org.freedesktop.DBus.Error."
 
 FAILURES = (State.FAILED, State.NO_CONTROLLER)
@@ -247,13 +249,15 @@ class BusFace:
             raise
 
     def _authorized(
-        self, invocation: Any, verb: str, unit: str, action: str, then: Callable[[], None], *, now: str = ""
+        self, invocation: Any, verb: str, unit: str, action: str, then: Callable[[], None], *,
+        now: Callable[[], str] = lambda: "",
     ) -> None:
         """Go on with then() once polkit agrees, which may take as long as a person takes.
 
-        To take a panic away (now: what is configured so far) needs as much as to arm one.
+        To take a panic away (now() tells what is configured) needs as much as to arm one, also if it was armed
+        while a person was asked about less.
         """
-        panic = Action.PANIC in (action, now)
+        panic = Action.PANIC in (action, now())
         action_id = f"{NAME}.{'set-panic' if panic else 'set-policy'}"
         flags = invocation.get_message().get_flags()
         interactive = bool(flags & Gio.DBusMessageFlags.ALLOW_INTERACTIVE_AUTHORIZATION)
@@ -261,6 +265,8 @@ class BusFace:
         def answered(error: UserError | None) -> None:
             if error is not None:
                 reply_error(invocation, error)
+            elif not panic and now() == Action.PANIC:
+                self._authorized(invocation, verb, unit, action, then, now=now)
             else:
                 self._guarded(invocation, then)
 
@@ -289,29 +295,38 @@ class BusFace:
         action = Action.parse(word)
         check_flags(flags)
 
-        def write(unit: Unit) -> None:
+        def write() -> None:
             path = self._files.write_unit(name, action, runtime=runtime)
-            self._written(unit, with_drop_in(unit.facts.files, str(path)), flags)
+            self._written(name, lambda files: with_drop_in(files, str(path)), flags)
             reply(invocation, None)
 
         self._with_unit(invocation, name, lambda unit: self._authorized(
-            invocation, "set", name, action, lambda: write(unit), now=unit.configured))
+            invocation, "set", name, action, write, now=lambda: self._configured(name)))
 
     def _unset_unit(self, invocation: Any, name: str, runtime: bool, flags: int) -> None:
         check_flags(flags)
 
-        def remove(unit: Unit) -> None:
+        def remove() -> None:
             path = self._files.remove_unit(name, runtime=runtime)
-            self._written(unit, tuple(file for file in unit.facts.files if file != str(path)), flags)
+            self._written(name, lambda files: tuple(file for file in files if file != str(path)), flags)
             reply(invocation, None)
 
         self._with_unit(invocation, name, lambda unit: self._authorized(
-            invocation, "unset", name, "", lambda: remove(unit), now=unit.configured))
+            invocation, "unset", name, "", remove, now=lambda: self._configured(name)))
 
-    def _written(self, unit: Unit, files: tuple[str, ...], flags: int) -> None:
-        """Apply what was just written, before systemd knows of it."""
-        if unit.name in self._reconciler.units:
-            self._reconciler.reread(unit.name, files)
+    def _configured(self, name: str) -> str:
+        """Return the action that setting a unit's own would replace; a slice passes on that of those around it."""
+        # Not of a Unit taken before polkit was asked: the unit may have been unloaded and loaded again since.
+        units = self._reconciler.units
+        if unit_type(name) != "slice":
+            return units[name].configured if name in units else ""
+        defaults = [units[slice_].configured for slice_ in parent_slices(name) if slice_ in units]
+        return next(filter(None, defaults), "")
+
+    def _written(self, name: str, change: Callable[[tuple[str, ...]], tuple[str, ...]], flags: int) -> None:
+        """Apply what was just written, before systemd knows of it; change makes a unit's new list of files."""
+        if name in self._reconciler.units:
+            self._reconciler.reread(name, change(self._reconciler.units[name].facts.files))
         if not flags & NO_RELOAD:
             self._watch.reload()
 
@@ -325,7 +340,7 @@ class BusFace:
             self._reconciler.sweep()
             reply(invocation, None)
 
-        self._authorized(invocation, "set", machine, action, write)
+        self._authorized(invocation, "set", machine, action, write, now=lambda: self._machine_configured(machine))
 
     def _unset_machine(self, invocation: Any, machine: str, flags: int) -> None:
         check_flags(flags)
@@ -336,7 +351,17 @@ class BusFace:
             self._reconciler.sweep()
             reply(invocation, None)
 
-        self._authorized(invocation, "unset", machine, "", remove)
+        self._authorized(invocation, "unset", machine, "", remove, now=lambda: self._machine_configured(machine))
+
+    def _machine_configured(self, machine: str) -> str:
+        """Return the action that a machine's rule would replace, panic if that is one of several."""
+        rule = self._files.machine_rule(machine)
+        found = {read_setting([rule]).action or "" if rule else "", self._configured(MACHINE_SLICE)}
+        found |= {
+            unit.configured for unit in self._reconciler.units.values()
+            if machine in (machine_name(unit.name), self._reconciler.machine_uuid(unit.name))
+        }
+        return Action.PANIC if Action.PANIC in found else ""
 
     def _get_unit(self, invocation: Any, name: str) -> None:
         def answer(unit: Unit) -> None:
