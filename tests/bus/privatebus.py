@@ -169,7 +169,8 @@ class Client:
         self.call("ReleaseName", "(s)", name, **BUS)
 
     def close(self) -> None:
-        self.connection.close_sync(None)
+        if not self.connection.is_closed():
+            self.connection.close_sync(None)
 
 
 BUS: dict[str, Any] = {
