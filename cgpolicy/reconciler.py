@@ -260,8 +260,8 @@ class Reconciler:
         cgroup_id = self.tree.cgroup_id(unit.facts.cgroup) if unit.facts.cgroup else 0
         if cgroup_id != unit.cgroup_id:
             unit.cgroup_id, unit.corrected = cgroup_id, False
-            if cgroup_id:
-                self._remember(unit)
+        if cgroup_id:
+            self._remember(unit)
         unit.error = ""
         try:
             unit.state = self._write_difference(unit)
@@ -312,6 +312,7 @@ class Reconciler:
         return State.APPLIED
 
     def _remember(self, unit: Unit) -> None:
+        # Every time: systemd notes the InvocationID a moment after it has made the cgroup.
         cgroup = unit.facts.cgroup
         self._owners[unit.cgroup_id] = Owner(unit.name, self.tree.invocation_id(cgroup), cgroup)
         self._owners.move_to_end(unit.cgroup_id)
