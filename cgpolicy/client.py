@@ -53,8 +53,8 @@ class CandidateRow:
 def user_error(failure: GLib.Error) -> UserError:
     """Return a failed call's error as the exception that the daemon raised."""
     name = Gio.DBusError.get_remote_error(failure) or ""
-    Gio.DBusError.strip_remote_error(failure)
-    message = str(failure.message)
+    # Not Gio.DBusError.strip_remote_error(): PyGObject gives it a copy.
+    message = str(failure.message).removeprefix(f"GDBus.Error:{name}: ")
     if name.startswith(f"{NAME}.Error."):
         return BY_BUS_NAME.get(name.rpartition(".")[2], UserError)(message)
     if name.rpartition(".")[2] in ("ServiceUnknown", "NameHasNoOwner", "SpawnChildExited", "NoReply"):
