@@ -135,8 +135,7 @@ class Client:
                 call.values = connection.call_finish(result).unpack()
             except GLib.Error as error:
                 name = Gio.DBusError.get_remote_error(error) or ""
-                Gio.DBusError.strip_remote_error(error)
-                call.error = Failed(name, error.message)
+                call.error = Failed(name, error.message.removeprefix(f"GDBus.Error:{name}: "))
             call.answered = True
 
         flags = Gio.DBusCallFlags.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else Gio.DBusCallFlags.NONE
