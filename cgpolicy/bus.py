@@ -297,7 +297,8 @@ class BusFace:
 
         def write() -> None:
             path = self._files.write_unit(name, action, runtime=runtime)
-            self._written(name, lambda files: with_drop_in(files, str(path)), flags)
+            self._reconciler.drop_in_written(name, str(path))
+            self._reload_systemd(flags)
             reply(invocation, None)
 
         self._with_unit(invocation, name, lambda unit: self._authorized(
@@ -308,7 +309,9 @@ class BusFace:
 
         def remove() -> None:
             path = self._files.remove_unit(name, runtime=runtime)
-            self._written(name, lambda files: tuple(file for file in files if file != str(path)), flags)
+            if path is not None:
+                self._reconciler.drop_in_removed(name, str(path))
+            self._reload_systemd(flags)
             reply(invocation, None)
 
         self._with_unit(invocation, name, lambda unit: self._authorized(
@@ -323,10 +326,7 @@ class BusFace:
         defaults = [units[slice_].configured for slice_ in parent_slices(name) if slice_ in units]
         return next(filter(None, defaults), "")
 
-    def _written(self, name: str, change: Callable[[tuple[str, ...]], tuple[str, ...]], flags: int) -> None:
-        """Apply what was just written, before systemd knows of it; change makes a unit's new list of files."""
-        if name in self._reconciler.units:
-            self._reconciler.reread(name, change(self._reconciler.units[name].facts.files))
+    def _reload_systemd(self, flags: int) -> None:
         if not flags & NO_RELOAD:
             self._watch.reload()
 
@@ -401,20 +401,3 @@ class BusFace:
 def check_flags(flags: int) -> None:
     if flags & ~NO_RELOAD:
         raise Refused("InvalidArgs", f"unknown flags {flags:#x}; bit 0: do not ask systemd to reload")
-
-
-def with_drop_in(files: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """Return a unit's files with a drop-in of ours, in the place where systemd will put it.
-
-    Drop-ins are sorted bytewise by their base names, and of one base name only one counts (systemd.unit(5)).
-    """
-
-    def base(file: str) -> str:
-        return file.rpartition("/")[2]
-
-    def is_drop_in(file: str) -> bool:
-        return file.rpartition("/")[0].endswith(".d")
-
-    fragment = [file for file in files if not is_drop_in(file)]
-    drop_ins = [file for file in files if is_drop_in(file) and base(file) != base(path)]
-    return (*fragment, *sorted([*drop_ins, path], key=lambda file: base(file).encode()))

@@ -17,7 +17,7 @@ from cgpolicy.error import NotSupported, UserError
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.resolve import UNDECIDED, Decision, SourceKind, resolve
 from cgpolicy.setting import UNSET, Setting, read_setting
-from cgpolicy.systemd import UnitFacts, read_files
+from cgpolicy.systemd import UnitFacts, read_files, with_drop_in
 from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import machine_name, parent_slices, unit_type
 
@@ -107,6 +107,7 @@ class Reconciler:
     units: dict[str, Unit] = field(default_factory=dict)
     supported: bool = True
     _created: dict[str, str] = field(default_factory=dict)
+    _ahead: dict[str, str] = field(default_factory=dict)  # drop-ins of ours that PID 1 has not read yet, by unit
     _owners: OrderedDict[int, Owner] = field(default_factory=OrderedDict)
 
     # What comes in ----------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class Reconciler:
         for name in [name for name in self.units if name not in fresh]:
             self.remove(name)
         for facts in fresh.values():
-            self._store(facts)
+            self._store(self._with_ahead(facts))
         for unit in list(self.units.values()):
             self._settle(unit)
 
@@ -130,16 +131,12 @@ class Reconciler:
         if not facts.cgroup and self.tree.exists(self._created.get(facts.name, "")):
             # The directory was seen before PID 1 could say so.
             facts = replace(facts, cgroup=self._created[facts.name])
-        default_before = self.units[facts.name].own.action if facts.name in self.units else None
-        unit = self._store(facts)
-        self._settle(unit)
-        if unit_type(facts.name) == "slice" and unit.own.action != default_before:
-            for other in self.units_below(facts.name):
-                self._settle(other)
+        self._take(self._with_ahead(facts))
 
     def remove(self, name: str) -> None:
         """Forget a unit that PID 1 has unloaded."""
         self._created.pop(name, None)
+        self._ahead.pop(name, None)
         if self.units.pop(name, None) is not None:
             self.reports.removed(name)
 
@@ -177,12 +174,30 @@ class Reconciler:
         if name in self.units:
             self._settle(self.units[name])
 
-    def reread(self, name: str, files: tuple[str, ...] | None = None) -> Unit:
-        """Read a unit's files anew, with another list of them if given, and forgive earlier interference."""
+    def reread(self, name: str) -> Unit:
+        """Read a unit's files anew, and forgive earlier interference."""
         unit = self.units[name]
         unit.corrected = False
-        self.load(unit.facts if files is None else replace(unit.facts, files=files))
-        return self.units[name]
+        self._take(unit.facts)
+        return unit
+
+    def drop_in_written(self, name: str, path: str) -> None:
+        """Let a drop-in count that was just written, of which PID 1 will know only when it has reloaded."""
+        if name in self.units:
+            facts = self.units[name].facts
+            if path not in facts.files:
+                self._ahead[name] = path
+                self.units[name].facts = replace(facts, files=with_drop_in(facts.files, path))
+            self.reread(name)
+
+    def drop_in_removed(self, name: str, path: str) -> None:
+        """Let a drop-in no longer count that was just removed."""
+        if self._ahead.get(name) == path:
+            del self._ahead[name]
+        if name in self.units:
+            facts = self.units[name].facts
+            self.units[name].facts = replace(facts, files=tuple(file for file in facts.files if file != path))
+            self.reread(name)
 
     def sweep(self) -> None:
         """Look at everything: for events that were lost, and for certainty."""
@@ -225,6 +240,25 @@ class Reconciler:
         unit.facts = facts
         unit.own = read_files(facts.files)
         return unit
+
+    def _take(self, facts: UnitFacts) -> None:
+        """Store one unit, and settle it and those to which its setting passes on."""
+        default_before = self.units[facts.name].own.action if facts.name in self.units else None
+        unit = self._store(facts)
+        self._settle(unit)
+        if unit_type(facts.name) == "slice" and unit.own.action != default_before:
+            for other in self.units_below(facts.name):
+                self._settle(other)
+
+    def _with_ahead(self, facts: UnitFacts) -> UnitFacts:
+        """Add to PID 1's list of a unit's files what was written since PID 1 made it."""
+        path = self._ahead.get(facts.name)
+        if path is None:
+            return facts
+        if path in facts.files:
+            del self._ahead[facts.name]
+            return facts
+        return replace(facts, files=with_drop_in(facts.files, path))
 
     def _rule(self, key: str | None) -> Setting | None:
         rule = self.files.machine_rule(key) if key else None
