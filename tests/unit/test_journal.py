@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Journal records as journald would receive them, and their entries in the catalog."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cgpolicy import journal
+from cgpolicy.action import Action
+from cgpolicy.losses import Loss
+from cgpolicy.unitfile import Problem
+
+TREE = Path(__file__).resolve().parents[2]
+LOSS = Loss(0x1A2B3C, (254, 16), 1234, 8192, 4711, Action.KILL)
+WHERE = "at device 254:16 inode 1234 offset 8192; action kill (synchronous)"
+
+# Runs in a mount namespace of its own, where journald's socket is this program's.
+RECEIVER = """
+import json, os, socket
+from tests.unit import test_journal
+from cgpolicy import journal
+os.makedirs(journal.SOCKET.parent)
+receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+receiver.bind(str(journal.SOCKET))
+for send in (test_journal.send_loss, test_journal.send_problem):
+    send()
+    print(json.dumps(dict(line.split("=", 1) for line in receiver.recv(65536).decode().splitlines())))
+"""
+
+
+def send_loss() -> None:
+    journal.record_loss("web.service", "", "/system.slice/web.service", LOSS, 3, "kernel", "synchronous")
+
+
+def send_problem() -> None:
+    journal.warn_problem("web.service", Problem("/etc/x.conf", 3, "no = in line: x"))
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, str]]:
+    shell = 'mount -t tmpfs tmpfs /run && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", shell, "sh", sys.executable, "-c", RECEIVER]
+    result = subprocess.run(command, cwd=TREE, stdout=subprocess.PIPE, text=True, check=True)
+    received = [json.loads(line) for line in result.stdout.splitlines()]
+    # CODE_*: where pystemd calls libsystemd.
+    return [{name: record[name] for name in record if not name.startswith("CODE_")} for record in received]
+
+
+def test_what_a_record_of_a_loss_holds(records: list[dict[str, str]]) -> None:
+    assert records[0] == {
+        "MESSAGE": f"web.service: dirty page cache lost: 3 pages, the first {WHERE}",
+        "PRIORITY": "3",
+        "SYSLOG_IDENTIFIER": "cgpolicyd",
+        "MESSAGE_ID": journal.LOSS_ID,
+        "OBJECT_SYSTEMD_UNIT": "web.service",
+        "CGPOLICY_UNIT": "web.service",  # and no INVOCATION_ID, which was empty
+        "CGPOLICY_ACTION": "kill",
+        "CGPOLICY_CGROUP": "/system.slice/web.service",
+        "CGPOLICY_CGROUP_ID": "4711",
+        "CGPOLICY_DEVICE": "254:16",
+        "CGPOLICY_INODE": "1234",
+        "CGPOLICY_OFFSET": "8192",
+        "CGPOLICY_PFN": "0x1a2b3c",
+        "CGPOLICY_PAGES": "3",
+        "CGPOLICY_BACKEND": "kernel",
+        "CGPOLICY_ENFORCEMENT": "synchronous",
+    }
+
+
+def test_what_a_record_of_a_problem_holds(records: list[dict[str, str]]) -> None:
+    assert records[1] == {
+        "MESSAGE": "/etc/x.conf:3: no = in line: x",
+        "PRIORITY": "4",
+        "SYSLOG_IDENTIFIER": "cgpolicyd",
+        "MESSAGE_ID": journal.PROBLEM_ID,
+        "OBJECT_SYSTEMD_UNIT": "web.service",
+        "CGPOLICY_PATH": "/etc/x.conf",
+        "CGPOLICY_LINE": "3",
+    }
+
+
+def test_the_catalog_speaks_of_these_records_and_their_fields(records: list[dict[str, str]]) -> None:
+    catalog = (TREE / "units/cgpolicy.catalog").read_text()
+    entries = dict(re.findall(r"^-- ([0-9a-f]{32})\n(.*?)(?=^-- |\Z)", catalog, re.DOTALL | re.MULTILINE))
+    assert set(entries) == {record["MESSAGE_ID"] for record in records}
+    for record in records:
+        fields = set(re.findall("@([A-Z_]+)@", entries[record["MESSAGE_ID"]]))
+        assert fields and fields <= record.keys()
+
+
+@pytest.mark.parametrize(
+    ("unit", "cgroup", "pages", "start"),
+    [
+        ("web.service", "/system.slice/web.service/payload", 1, "web.service: dirty page cache lost: page"),
+        ("", "/elsewhere", 1, "/elsewhere: dirty page cache lost: page"),
+        ("", "", 2, "cgroup 4711, which is gone: dirty page cache lost: 2 pages, the first"),
+    ],
+)
+def test_without_a_journal_the_message_goes_to_standard_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unit: str, cgroup: str,
+    pages: int, start: str,
+) -> None:
+    monkeypatch.setattr(journal, "SOCKET", tmp_path / "none")
+    journal.record_loss(unit, "", cgroup, LOSS, pages, "kernel", "synchronous")
+    assert capsys.readouterr().err == f"<3>{start} {WHERE}\n"
