@@ -43,6 +43,10 @@ class SystemdWatch:
         self._again: dict[str, list[Read]] = {}
         self._reload_wanted = False
         self._reloading = False
+        # PID 1 takes all units away and makes them anew when it reloads. From then on until they are listed,
+        # its signals about single units are noise: whoever listens would read everything twice more.
+        self._anew = 0
+        self._listed = 0
 
     def start(self) -> None:
         """Subscribe to systemd's signals, which it does not send before somebody has (org.freedesktop.systemd1(5))."""
@@ -61,12 +65,14 @@ class SystemdWatch:
         )
         self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: None)
 
-    def list_units(self, done: Callable[[list[str]], None]) -> None:
-        """Hand over the names of the loaded units that can have a policy."""
+    def list_units(self, done: Callable[[list[str] | None], None]) -> None:
+        """Hand over the names of the loaded units that can have a policy, None if PID 1 does not answer."""
+        asked = self._anew
 
         def listed(reply: Any) -> None:
-            names = [row[0] for row in reply.unpack()[0]] if reply is not None else []
-            done([name for name in names if unit_type(name) in POLICY_TYPES])
+            self._listed = asked
+            names = [row[0] for row in reply.unpack()[0]] if reply is not None else None
+            done(names and [name for name in names if unit_type(name) in POLICY_TYPES])
 
         self._call(MANAGER_PATH, MANAGER, "ListUnits", None, listed)
 
@@ -164,15 +170,21 @@ class SystemdWatch:
             SERVICE, path, interface, method, arguments, None, Gio.DBusCallFlags.NONE, TIMEOUT_MS, None, answered
         )
 
+    def _counts(self, unit: str) -> bool:
+        """Tell whether a signal about a unit is news of one that can have a policy."""
+        return self._listed == self._anew and unit_type(unit) in POLICY_TYPES
+
     def _reread(self, unit: str) -> None:
-        if unit_type(unit) in POLICY_TYPES:
+        if self._counts(unit):
             self.read(unit, lambda result: self._loaded(result) if result is not None else None)
 
     def _unit_new(self, unit: str, path: str) -> None:
-        self._reread(unit)
+        # One that is being read may have been loaded for that.
+        if unit not in self._reading:
+            self._reread(unit)
 
     def _unit_removed(self, unit: str, path: str) -> None:
-        if unit_type(unit) in POLICY_TYPES:
+        if self._counts(unit):
             self._removed(unit)
 
     def _job_removed(self, number: int, path: str, unit: str, result: str) -> None:
@@ -181,6 +193,7 @@ class SystemdWatch:
 
     def _systemd_reloading(self, active: bool) -> None:
         # FragmentPath and DropInPaths never appear in PropertiesChanged.
+        self._anew += 1
         if not active:
             self._refresh()
 
