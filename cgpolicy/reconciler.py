@@ -119,7 +119,7 @@ class Reconciler:
         for name in [name for name in self.units if name not in fresh]:
             self.remove(name)
         for facts in fresh.values():
-            self._store(self._with_ahead(facts))
+            self._store(self._completed(facts))
         for unit in list(self.units.values()):
             self._settle(unit)
 
@@ -128,10 +128,7 @@ class Reconciler:
         if not facts.exists:
             self.remove(facts.name)
             return
-        if not facts.cgroup and self.tree.exists(self._created.get(facts.name, "")):
-            # The directory was seen before PID 1 could say so.
-            facts = replace(facts, cgroup=self._created[facts.name])
-        self._take(self._with_ahead(facts))
+        self._take(self._completed(facts))
 
     def remove(self, name: str) -> None:
         """Forget a unit that PID 1 has unloaded."""
@@ -143,12 +140,11 @@ class Reconciler:
     def cgroup_created(self, parent: str, directory: str) -> None:
         """Apply to a cgroup that has just appeared in a slice, from what is known, without asking anybody."""
         name, cgroup = unit_of_directory(directory), f"{parent}/{directory}"
+        self._created[name] = cgroup
         unit = self.units.get(name)
-        if unit is None:
-            self._created[name] = cgroup
-            return
-        unit.facts = replace(unit.facts, cgroup=cgroup)
-        self._settle(unit)
+        if unit is not None:
+            unit.facts = replace(unit.facts, cgroup=cgroup)
+            self._settle(unit)
 
     def cgroup_removed(self, parent: str, directory: str) -> None:
         """Note that a unit has lost its cgroup: it ended, or is on its way to a new one."""
@@ -250,8 +246,10 @@ class Reconciler:
             for other in self.units_below(facts.name):
                 self._settle(other)
 
-    def _with_ahead(self, facts: UnitFacts) -> UnitFacts:
-        """Add to PID 1's list of a unit's files what was written since PID 1 made it."""
+    def _completed(self, facts: UnitFacts) -> UnitFacts:
+        """Add to what PID 1 said what it could not know yet: a cgroup seen to appear, a drop-in just written."""
+        if not facts.cgroup and self.tree.exists(self._created.get(facts.name, "")):
+            facts = replace(facts, cgroup=self._created[facts.name])
         path = self._ahead.get(facts.name)
         if path is None:
             return facts
