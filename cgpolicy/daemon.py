@@ -172,9 +172,9 @@ class Daemon:
     # Cgroups ----------------------------------------------------------------------------------
 
     def settled(self, unit: Unit) -> None:
-        """Watch a slice for what appears in it, and a unit's own file for writes by others."""
+        """Watch a slice for what appears in it, and the files that bind a unit for writes by others."""
         cgroup = unit.facts.cgroup
-        if unit.cgroup_id and unit.decision.action is not None:
+        if unit.cgroup_id and (unit.decision.action is not None or unit_type(unit.name) == "slice"):
             self.cgroups.add_file(cgroup, POLICY_FILE)
         if unit_type(unit.name) != "slice" or not (unit.cgroup_id or unit.name == ROOT_SLICE):
             return

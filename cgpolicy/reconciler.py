@@ -160,9 +160,10 @@ class Reconciler:
                 self._settle(unit)
 
     def cgroup_written(self, cgroup: str) -> None:
-        """Compare a cgroup with what it should say: somebody wrote its file, or its counters moved."""
+        """Compare a cgroup and those below, whom its file binds, with what they should say: somebody wrote it."""
+        below = f"{cgroup}/"
         for unit in list(self.units.values()):
-            if unit.facts.cgroup == cgroup:
+            if unit.facts.cgroup == cgroup or unit.facts.cgroup.startswith(below):
                 self._settle(unit)
 
     def look_again(self, name: str) -> None:
