@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cgpolicy.action import Action, strictest
-from cgpolicy.error import NotSupported, WriteFailed
+from cgpolicy.error import NotSupported, UserError, WriteFailed
 
 POLICY_FILE = "memory.failure_dirty_action"
 EVENTS_FILE = "memory.events"
@@ -70,14 +70,20 @@ class CgroupTree:
         return bool(cgroup) and self.path(cgroup).is_dir()
 
     def read_action(self, cgroup: str) -> Action | None:
-        """Return a cgroup's own value, None where it has no such file (gone, or without the memory controller)."""
+        """Return a cgroup's own value, None where it has no such file (gone, or without the memory controller).
+
+        Raises UserError on a word that a later kernel may have.
+        """
+        path = self.path(cgroup) / POLICY_FILE
         try:
-            return Action((self.path(cgroup) / POLICY_FILE).read_text().strip())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            word = path.read_bytes().strip().decode(errors="replace")
         except OSError:
             # ENODEV: removed between open and read.
             return None
+        try:
+            return Action(word)
+        except ValueError:
+            raise UserError(f"{path}: unknown action {word[:40]!r}, left as it is", hint="update cgpolicy") from None
 
     def write_action(self, cgroup: str, action: Action) -> None:
         """Set a cgroup's own value; raise NotSupported without the file and WriteFailed if the kernel refuses."""
@@ -133,9 +139,10 @@ class CgroupTree:
         """Return the strictest value on the path to the root, of equals the nearest (the kernel's rule)."""
         values: list[tuple[str, Action]] = []
         while cgroup.strip("/"):
-            action = self.read_action(cgroup)
-            if action is not None:
-                values.append((cgroup, action))
+            with contextlib.suppress(UserError):
+                action = self.read_action(cgroup)
+                if action is not None:
+                    values.append((cgroup, action))
             cgroup = cgroup.rpartition("/")[0]
         action = strictest(value for _, value in values)
         return Effective(action, next((name for name, value in values if value == action), ""))

@@ -7,7 +7,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,20 @@ SWEEP_SECONDS = 600
 
 # Pages of one file, lost together, become one record; a record names at most so many offsets.
 POSITIONS_MAX = 64
+
+
+def lasting(handler: Callable[..., None]) -> Callable[..., bool]:
+    """Keep a source of the main loop when its handler failed once: GLib drops one that does not return True."""
+
+    @wraps(handler)
+    def call(*arguments: Any) -> bool:
+        try:
+            handler(*arguments)
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+        return True
+
+    return call
 
 
 class Daemon:
@@ -120,9 +134,9 @@ class Daemon:
         if interval:
             GLib.timeout_add(interval // 2000, self.keep_alive)
 
-    def keep_alive(self) -> bool:
+    @lasting
+    def keep_alive(self) -> None:
         sd_daemon.notify(False, watchdog=1)
-        return True
 
     # Units ------------------------------------------------------------------------------------
 
@@ -135,10 +149,18 @@ class Daemon:
     def _begin_refresh(self) -> None:
         self._refreshing = True
         waiting, self._refresh_asked = self._refresh_asked, []
-        self.watch.list_units(lambda names: self.watch.read_all(names, partial(self._refreshed, waiting)))
 
-    def _refreshed(self, waiting: list[Callable[[], None]], units: list[UnitFacts]) -> None:
-        self.reconciler.replace_all([facts for facts in units if facts.exists])
+        def listed(names: list[str] | None) -> None:
+            # PID 1 that does not answer, executed anew for instance, is no reason to forget what it said.
+            names = list(self.reconciler.units) if names is None else names
+            self.watch.read_all(names, partial(self._refreshed, waiting, names))
+
+        self.watch.list_units(listed)
+
+    def _refreshed(self, waiting: list[Callable[[], None]], names: list[str], units: list[UnitFacts]) -> None:
+        found = {facts.name: facts for facts in units}
+        known = {name: self.reconciler.units[name].facts for name in names if name in self.reconciler.units}
+        self.reconciler.replace_all(facts for facts in (known | found).values() if facts.exists)
         self._refreshing = False
         if self.face is not None:
             self.face.manager_changed()
@@ -147,13 +169,13 @@ class Daemon:
         if self._refresh_asked:
             self._begin_refresh()
 
-    def hangup(self) -> bool:
+    @lasting
+    def hangup(self) -> None:
         self.refresh()
-        return True
 
-    def sweep(self) -> bool:
+    @lasting
+    def sweep(self) -> None:
         self.reconciler.sweep()
-        return True
 
     def unit_loaded(self, facts: UnitFacts) -> None:
         self.reconciler.load(facts)
@@ -186,7 +208,8 @@ class Daemon:
                 if known is None or not known.facts.cgroup:
                     self.reconciler.cgroup_created(cgroup, name)
 
-    def cgroup_changes(self, source: object, condition: object) -> bool:
+    @lasting
+    def cgroup_changes(self, source: object, condition: object) -> None:
         for change in self.cgroups.read():
             match change:
                 case Made(parent, name):
@@ -200,7 +223,6 @@ class Daemon:
                     self.reconciler.cgroup_written(cgroup)
                 case Overflow():
                     self.refresh()
-        return True
 
     # Losses -----------------------------------------------------------------------------------
 
@@ -212,13 +234,13 @@ class Daemon:
             return
         GLib.io_add_watch(self.losses.fileno(), GLib.PRIORITY_HIGH, GLib.IOCondition.IN, self.losses_waiting)
 
-    def losses_waiting(self, source: object, condition: object) -> bool:
+    @lasting
+    def losses_waiting(self, source: object, condition: object) -> None:
         groups: dict[tuple[int, tuple[int, int], int, Action], list[Loss]] = {}
         for loss in self.losses.read():
             groups.setdefault((loss.cgroup_id, loss.device, loss.inode, loss.action), []).append(loss)
         for losses in groups.values():
             self.report(losses)
-        return True
 
     def report(self, losses: list[Loss]) -> None:
         """Report pages of one file that a cgroup lost together: one journal record, one signal."""
