@@ -157,6 +157,15 @@ class World:
         path.write_bytes(content)
         return path
 
+    def restart_cgroup(self, cgroup: str) -> None:
+        """Remove a cgroup and make it again; its id is a new one, as the kernel's are."""
+        old = os.open(self.tree.path(cgroup), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.tree.remove(cgroup)
+            self.tree.make(cgroup)
+        finally:
+            os.close(old)
+
     def unit(self, name: str) -> dict[str, Any]:
         """Return the properties of a unit's object."""
         properties = self.root_client.call("GetAll", "(s)", UNIT, path=unit_object(name), interface=PROPERTIES)
