@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import ctypes
 import glob
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
-# No database: it would be written into the tree.
+# What it keeps all the same goes where pytest keeps its own.
+set_hypothesis_home_dir(Path(__file__).resolve().parents[2] / ".pytest_cache/hypothesis")
 settings.register_profile("cgpolicy", database=None, deadline=None, derandomize=True, max_examples=300)
 settings.load_profile("cgpolicy")
 
