@@ -355,11 +355,11 @@ class BusFace:
 
     def _machine_configured(self, machine: str) -> str:
         """Return the action that a machine's rule would replace, panic if that is one of several."""
-        rule = self._files.machine_rule(machine)
+        rule, key = self._files.machine_rule(machine), self._files.check_machine(machine).removesuffix(".conf")
         found = {read_setting([rule]).action or "" if rule else "", self._configured(MACHINE_SLICE)}
         found |= {
             unit.configured for unit in self._reconciler.units.values()
-            if machine in (machine_name(unit.name), self._reconciler.machine_uuid(unit.name))
+            if key in (machine_name(unit.name), self._reconciler.machine_uuid(unit.name))
         }
         return Action.PANIC if Action.PANIC in found else ""
 
