@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -214,3 +215,43 @@ class FakePolkit:
         self.questions.append(question)
         if self.answer != "hang":
             question.answer(self.answer == "allow", self.answer == "challenge")
+
+
+MACHINE1 = "org.freedesktop.machine1"
+MACHINE1_PATH = "/org/freedesktop/machine1"
+MACHINE1_XML = f"""<node>
+  <interface name="{MACHINE1}.Manager">
+    <method name="ListMachines"><arg type="a(ssso)" direction="out"/></method>
+    <signal name="MachineNew"><arg type="s"/><arg type="o"/></signal>
+  </interface>
+  <interface name="{MACHINE1}.Machine">
+    <property name="Id" type="ay" access="read"/>
+    <property name="Unit" type="s" access="read"/>
+  </interface>
+</node>"""
+
+
+class FakeMachined:
+    """org.freedesktop.machine1, with the machines that a test adds."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._rows: list[tuple[str, str, str, str]] = []
+        self._info = Gio.DBusNodeInfo.new_for_xml(MACHINE1_XML)
+        self._register(MACHINE1_PATH, "Manager", self._list, None)
+        client.own(MACHINE1)
+
+    def _register(self, path: str, interface: str, call: Any, get: Any) -> None:
+        info = self._info.lookup_interface(f"{MACHINE1}.{interface}")
+        self.client.connection.register_object(path, info, call, get, None)
+
+    def add(self, name: str, unit: str, number: uuid.UUID) -> None:
+        path = f"{MACHINE1_PATH}/machine/_{len(self._rows)}"
+        values = {"Id": GLib.Variant("ay", number.bytes), "Unit": GLib.Variant("s", unit)}
+        self._register(path, "Machine", None, lambda *arguments: values[arguments[-1]])
+        self._rows.append((name, "vm", "libvirt-qemu", path))
+        self.client.connection.emit_signal(
+            None, MACHINE1_PATH, f"{MACHINE1}.Manager", "MachineNew", GLib.Variant("(so)", (name, path)))
+
+    def _list(self, *arguments: Any) -> None:
+        arguments[-1].return_value(GLib.Variant("(a(ssso))", (self._rows,)))
