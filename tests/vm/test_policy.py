@@ -112,7 +112,7 @@ def test_command(policy: Steps) -> None:
     assert [row["unit"] for row in status["listed"]] == ["foo.service"]
     assert policy["exits"]["exits"] == [0, 4, 2, 4, 0, 0]
     assert policy["exits"]["denied"][0] == 1
-    assert "not authorized" in policy["exits"]["denied"][1].lower()
+    assert "org.cgpolicy1.set-policy needs authentication" in policy["exits"]["denied"][1]
     assert policy["exits"]["value"] == "kill"
     assert policy["cgpolicy unset"]["value"] == "continue"
 
