@@ -26,10 +26,10 @@ from tests.kernel.guest.pagecache import (
     check,
     errno_of,
     file_pfn,
+    keep_quiet,
     libc,
     overwrite,
     poison,
-    quiet_writeback,
     target,
     wait_for,
 )
@@ -289,7 +289,7 @@ def test_storm_is_counted_and_limited() -> None:
     group = Cgroup("storm")
     pages = 200
     time.sleep(5)  # a new interval of the kernel's limit: 10 lines in 5 s
-    log, trace = KernelLog(), Trace("storm")
+    log, trace = KernelLog(), Trace()
     before = time.monotonic()
     lose(group, pages)
     intervals = int((time.monotonic() - before) / 5) + 1
@@ -382,14 +382,15 @@ def test_opener_counts() -> None:
 
 
 def main() -> None:
-    quiet_writeback()
+    keep_quiet()
     tests: dict[str, Callable[[], None]] = {
         name: value for name, value in globals().items() if name.startswith("test_")
     }
+    if sys.argv[1:]:
+        tests = {name: tests[name] for name in sys.argv[1:]}
+    print(f"1..{len(tests)}", flush=True)
     failed = 0
     for name, test in tests.items():
-        if sys.argv[1:] and name not in sys.argv[1:]:
-            continue
         try:
             test()
             print(f"ok {name}", flush=True)

@@ -25,9 +25,9 @@ from tests.kernel.guest.pagecache import (
     Process,
     check,
     file_pfn,
+    keep_quiet,
     overwrite,
     poison,
-    quiet_writeback,
     target,
     wait_for,
 )
@@ -73,7 +73,7 @@ def reread(rounds: int, injection: str) -> dict[str, object]:
     """Count the stale reads of groups that are killed, and of one that goes on: the control."""
     total: dict[str, list[int]] = {}
     for action, number in [("continue", 0), *(("kill", number) for number in range(rounds))]:
-        owner = Cgroup(f"{action}{number}")
+        owner = Cgroup(f"{action}-{injection}{number}")
         owner.action = action
         counters = Counters(f"{action}{number}", 3)
         with target("ext4") as file:
@@ -142,7 +142,7 @@ def fork(rounds: int, injection: str) -> dict[str, object]:
 
 def main() -> None:
     what, rounds, injection = sys.argv[1:]
-    quiet_writeback()
+    keep_quiet()
     subprocess.run(["dmesg", "-n", "1"], check=True)
     print(json.dumps({"reread": reread, "fork": fork}[what](int(rounds), injection)), flush=True)
 

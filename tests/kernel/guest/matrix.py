@@ -32,9 +32,9 @@ from tests.kernel.guest.pagecache import (
     file_pfn,
     has_flag,
     is_dirty,
+    keep_quiet,
     overwrite,
     poison,
-    quiet_writeback,
     target,
 )
 
@@ -83,7 +83,7 @@ numbers = count()
 
 
 def run_case(kind: str, how: str, fate: str, action: str, injection: str, trace: Trace) -> dict[str, object]:
-    top = Cgroup(f"top{next(numbers)}")
+    top = Cgroup(f"{injection}{next(numbers)}")
     owner = Cgroup("owner", top)
     sub = Cgroup("sub", owner, controllers="")
     owner.action = action
@@ -175,7 +175,7 @@ def fsync_of(file: Target) -> str:
 
 def main() -> None:
     (injection,) = sys.argv[1:]
-    quiet_writeback()
+    keep_quiet()
     trace = Trace()
     for kind, how, fate in CASES:
         for action in ("continue", "kill"):

@@ -24,10 +24,10 @@ from tests.kernel.guest.pagecache import (
     file_pfn,
     has_flag,
     is_dirty,
+    keep_quiet,
     overwrite,
     pfn_at,
     poison,
-    quiet_writeback,
     target,
 )
 
@@ -47,7 +47,7 @@ def shared_anonymous() -> tuple[int, object]:
 
 
 def tmpfs() -> tuple[int, object]:
-    fd = os.open("/dev/shm/file", os.O_RDWR | os.O_CREAT)
+    fd = os.open(f"/dev/shm/{os.getpid()}", os.O_RDWR | os.O_CREAT)
     os.write(fd, b"x" * PAGE)
     return file_pfn(fd, 0), fd
 
@@ -106,14 +106,14 @@ def body(process: Process, make: Callable[[], tuple[int, object]]) -> None:
 
 
 def main() -> None:
-    quiet_writeback()
+    keep_quiet()
     trace = Trace()
     injected = (anonymous, shared_anonymous, tmpfs, memfd, hugetlbfs, clean, written_back)
     cases = [(make, "inject") for make in injected]
     cases += [(make, "srao") for make in (anonymous, tmpfs, clean)]
     cases.append((dirty, "soft"))
     for number, (make, how) in enumerate(cases):
-        owner = Cgroup(f"owner{number}")
+        owner = Cgroup(f"negative{number}")
         owner.action = "panic"
         log = KernelLog()
         process = Process(owner, partial(body, make=make))

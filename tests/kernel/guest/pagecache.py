@@ -105,8 +105,8 @@ def is_dirty(pfn: int) -> bool:
     return has_flag(pfn, DIRTY)
 
 
-def quiet_writeback() -> None:
-    """Leave dirty pages alone until somebody asks for them.
+def keep_quiet() -> None:
+    """Have nobody write dirty pages back, nor read a block device and be charged for it, unless asked to.
 
     An interval of 0 would not do: the flusher is then woken as soon as a page gets dirty, and a new device's
     share of the dirty memory is so small that it starts to write (wb_wakeup_delayed(), wb_over_bg_thresh()).
@@ -115,6 +115,7 @@ def quiet_writeback() -> None:
         Path("/proc/sys/vm", name).write_text("360000")
     for name in ("dirty_ratio", "dirty_background_ratio"):
         Path("/proc/sys/vm", name).write_text("90")
+    subprocess.run(["udevadm", "control", "--stop-exec-queue"], check=True)
 
 
 def drop_caches() -> None:
@@ -357,6 +358,7 @@ def overwrite(path: Path, pos: int, how: str, size: int) -> tuple[int, mmap.mmap
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         if how == "mmap":
             mapping = mmap.mmap(fd, PAGE, offset=pos)
+            mapping.madvise(mmap.MADV_RANDOM)  # page faults do not look at the file's
             mapping[:] = NEW * PAGE
         else:
             os.pwrite(fd, NEW * PAGE, pos)
@@ -369,8 +371,8 @@ def overwrite(path: Path, pos: int, how: str, size: int) -> tuple[int, mmap.mmap
 class Trace:
     """Events of ras:memory_failure_dirty, through an instance of its own."""
 
-    def __init__(self, name: str = "losses") -> None:
-        self.path = Path("/sys/kernel/tracing/instances", name)
+    def __init__(self) -> None:
+        self.path = Path(f"/sys/kernel/tracing/instances/losses-{os.getpid()}")
         self.path.mkdir()
         (self.path / "events/ras/memory_failure_dirty/enable").write_text("1")
 

@@ -16,9 +16,9 @@ from tests.kernel.guest.pagecache import (
     Cgroup,
     Process,
     file_pfn,
+    keep_quiet,
     overwrite,
     poison,
-    quiet_writeback,
     target,
 )
 
@@ -33,7 +33,7 @@ def body(process: Process, path: Path, how: str, size: int) -> None:
 
 def main() -> None:
     kind, how, injection, where = sys.argv[1:]
-    quiet_writeback()
+    keep_quiet()
     top = Cgroup("top")
     owner = Cgroup("owner", top)
     (top if where == "parent" else owner).action = "panic"
