@@ -9,7 +9,7 @@ from typing import Any
 
 from gi.repository import Gio, GLib
 
-from cgpolicy.error import UserError
+from cgpolicy.error import NoSuchUnit, UserError
 
 NAME = "org.cgpolicy1"
 MANAGER_PATH = "/org/cgpolicy1"
@@ -20,11 +20,17 @@ NO_RELOAD = 1  # flag bit 0 of the methods that write: do not ask systemd to rel
 # A person may have to find a password first; the daemon itself answers in milliseconds.
 TIMEOUT_MILLISECONDS = 300_000
 
+ATTEMPTS = 10  # to catch a unit that systemd unloads between two calls
+
 BY_BUS_NAME = {kind.bus_name: kind for kind in UserError.__subclasses__()}
 
 
 class NotRunning(UserError):
     """Nobody owns the daemon's name, and the bus could not start one."""
+
+
+class Unloaded(UserError):
+    """The unit's object has left the bus: systemd keeps no unit that nobody needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,8 @@ def user_error(failure: GLib.Error) -> UserError:
         return BY_BUS_NAME.get(name.rpartition(".")[2], UserError)(message)
     if name.rpartition(".")[2] in ("ServiceUnknown", "NameHasNoOwner", "SpawnChildExited", "NoReply"):
         return NotRunning(f"cgpolicyd does not answer: {message}", hint="see systemctl status cgpolicyd")
+    if name.rpartition(".")[2] in ("UnknownObject", "UnknownMethod"):
+        return Unloaded(message)
     return UserError(message)
 
 
@@ -97,8 +105,13 @@ class Client:
 
     def unit(self, name: str) -> dict[str, Any]:
         """Return a unit's properties; raise NoSuchUnit."""
-        (path,) = self._call(MANAGER_PATH, MANAGER, "GetUnit", GLib.Variant("(s)", (name,)))
-        return self._properties(path, UNIT)
+        for _ in range(ATTEMPTS):
+            (path,) = self._call(MANAGER_PATH, MANAGER, "GetUnit", GLib.Variant("(s)", (name,)))
+            try:
+                return self._properties(path, UNIT)
+            except Unloaded:  # by systemd, between the two calls; GetUnit has it loaded again
+                continue
+        raise NoSuchUnit(f"{name}: systemd unloads it again and again", hint="start it first")
 
     def explain(self, name: str) -> list[CandidateRow]:
         """Return every place that was looked at for a unit's policy."""
@@ -118,11 +131,19 @@ class Client:
         self._call(MANAGER_PATH, MANAGER, "UnsetMachinePolicy", GLib.Variant("(st)", (name, 0)))
 
     def monitor(self, seen: Callable[[str, tuple[Any, ...]], None]) -> None:
-        """Pass on the Manager's signals, by name and values, until interrupted."""
+        """Pass on the Manager's signals, by name and values, until interrupted or seen() raises."""
+        loop = GLib.MainLoop()
+        failures: list[Exception] = []
 
         def on_signal(bus: Any, sender: str, path: str, interface: str, name: str, values: Any) -> None:
-            seen(name, values.unpack())
+            try:
+                seen(name, values.unpack())
+            except Exception as failure:  # GLib would print it and go on
+                failures.append(failure)
+                loop.quit()
 
         self._bus.signal_subscribe(NAME, MANAGER, None, MANAGER_PATH, None, Gio.DBusSignalFlags.NONE, on_signal)
         self.manager()  # starts the daemon, or says why not
-        GLib.MainLoop().run()
+        loop.run()
+        for failure in failures:
+            raise failure

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.kernel.guest.pagecache import (
     HWPOISON,
+    NEW,
     OLD,
     PAGE,
     Cgroup,
@@ -32,6 +33,7 @@ from tests.kernel.guest.pagecache import (
 )
 
 HUGE = 2 << 20
+MADV_SOFT_OFFLINE = 101
 
 
 def anonymous() -> tuple[int, object]:
@@ -86,16 +88,15 @@ def written_back() -> tuple[int, object]:
         return file_pfn(fd, 0), fd
 
 
-def dirty() -> tuple[int, object]:
+def soft_offlined() -> tuple[int, object]:
     with target("ext4") as file:
-        fd, _ = overwrite(file.path, 0, "write", file.size)
-        pfn = file_pfn(fd, 0)
+        fd, mapping = overwrite(file.path, 0, "mmap", file.size)
+        assert mapping
+        pfn = pfn_at(address_of(mapping))
         check(True, is_dirty(pfn), "page dirty")
-        return pfn, fd
-
-
-def soft_offline(pfn: int) -> None:
-    Path("/sys/devices/system/memory/soft_offline_page").write_text(hex(pfn * PAGE))
+        mapping.madvise(MADV_SOFT_OFFLINE)  # moves the data to another page
+        check(NEW, os.pread(fd, 1, 0), "contents")
+        return pfn, mapping
 
 
 def body(process: Process, make: Callable[[], tuple[int, object]]) -> None:
@@ -111,16 +112,14 @@ def main() -> None:
     injected = (anonymous, shared_anonymous, tmpfs, memfd, hugetlbfs, clean, written_back)
     cases = [(make, "inject") for make in injected]
     cases += [(make, "srao") for make in (anonymous, tmpfs, clean)]
-    cases.append((dirty, "soft"))
+    cases.append((soft_offlined, "itself"))
     for number, (make, how) in enumerate(cases):
         owner = Cgroup(f"negative{number}")
         owner.action = "panic"
         log = KernelLog()
         process = Process(owner, partial(body, make=make))
         pfn = int(process.hear())
-        if how == "soft":
-            soft_offline(pfn)
-        else:
+        if how != "itself":
             poison(pfn, how)
         check(True, has_flag(pfn, HWPOISON), f"{make.__name__}: page poisoned")
         check((0, 0), owner.losses(), f"{make.__name__}: counters")
