@@ -3,7 +3,7 @@
  * forkbomb COUNTER CGROUP... - fork without end, and move between cgroups while doing so.
  *
  * Each process forks, clones into one of the cgroups (clone3 with CLONE_INTO_CGROUP) or moves itself to one of them, and
- * may exit. The number of forks is counted in a file in shared memory.
+ * may exit after that, also when pids.max is reached. The number of forks is counted in a file in shared memory.
  */
 #include <err.h>
 #include <fcntl.h>
@@ -52,7 +52,7 @@ int main(int argc, char **argv)
 	signal(SIGTERM, SIG_IGN);
 
 	for (;;) {
-		pid_t pid = -1;
+		pid_t pid = 0;
 
 		seed = seed * 1664525 + 1013904223;
 		number = (seed >> 16) % n;
@@ -68,15 +68,15 @@ int main(int argc, char **argv)
 			/* Refused when the cgroup is going away, which is all right. */
 			if (write(procs[number], "0", 1) < 0)
 				usleep(1000);
-			break;
+			continue;
 		}
-		if (pid > 0) {
-			(*forks)++;
-			/* Some parents go, so that there is room for more. */
-			if ((seed >> 20) % 4 == 0)
-				_exit(0);
-		} else if (pid == 0) {
+		if (pid == 0) {
 			seed ^= getpid() * 2654435761u;
+			continue;
 		}
+		if (pid > 0)
+			(*forks)++;
+		if ((seed >> 20) % 4 == 0)
+			_exit(0);
 	}
 }
