@@ -287,6 +287,7 @@ class BusFace:
                 reply_error(invocation, error)
                 return
             self._reconciler.load(facts)
+            self._reconciler.units[name].asked = True
             self._guarded(invocation, then, self._reconciler.units[name])
 
         self._watch.read(name, loaded)

@@ -152,7 +152,7 @@ class Daemon:
 
         def listed(names: list[str] | None) -> None:
             # PID 1 that does not answer, executed anew for instance, is no reason to forget what it said.
-            names = list(self.reconciler.units) if names is None else names
+            names = list(self.reconciler.units) if names is None else self.reconciler.with_kept(names)
             self.watch.read_all(names, partial(self._refreshed, waiting, names))
 
         self.watch.list_units(listed)
@@ -182,7 +182,7 @@ class Daemon:
 
     def unit_removed(self, name: str) -> None:
         self.machines.forget(name)
-        self.reconciler.remove(name)
+        self.reconciler.unload(name)
 
     def removed(self, name: str) -> None:
         if self.face is not None:

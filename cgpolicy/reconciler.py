@@ -10,6 +10,7 @@ import enum
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from cgpolicy.action import Action
 from cgpolicy.cgroupfs import CgroupTree, Effective, Events, unit_of_directory
@@ -20,6 +21,10 @@ from cgpolicy.setting import UNSET, Setting, read_setting
 from cgpolicy.systemd import UnitFacts, read_files, with_drop_in
 from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import machine_name, parent_slices, unit_type
+
+# Units kept in mind though PID 1 has unloaded them: it does so with every unit that is stopped and that nothing
+# loaded refers to. At the next start a policy that is known already is applied at once.
+KEPT_MAX = 1024
 
 # Cgroups whose owner is remembered after they are gone: a loss is read a moment after the kill.
 REMEMBERED = 4096
@@ -48,6 +53,7 @@ class Unit:
     error: str = ""
     effective: Effective = Effective(Action.CONTINUE, "")
     cgroup_id: int = 0
+    asked: bool = False  # a client wants to know of it
     corrected: bool = False  # put right once in this cgroup; not a second time
     reported: frozenset[Problem] = frozenset()
     told: tuple[object, ...] = ()  # visible() when it was last reported
@@ -108,6 +114,7 @@ class Reconciler:
     supported: bool = True
     _created: dict[str, str] = field(default_factory=dict)
     _ahead: dict[str, str] = field(default_factory=dict)  # drop-ins of ours that PID 1 has not read yet, by unit
+    _kept: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _owners: OrderedDict[int, Owner] = field(default_factory=OrderedDict)
 
     # What comes in ----------------------------------------------------------------------------
@@ -128,12 +135,34 @@ class Reconciler:
         if not facts.exists:
             self.remove(facts.name)
             return
+        self._kept.pop(facts.name, None)
         self._take(self._completed(facts))
 
+    def unload(self, name: str) -> None:
+        """Note that PID 1 has unloaded a unit; one that can be started again and has been of interest is kept."""
+        unit = self.units.get(name)
+        if unit is None or not (unit.configured or unit.asked) or not Path(unit.facts.fragment).is_file():
+            self.remove(name)
+            return
+        self._kept[name] = None
+        self._kept.move_to_end(name)
+        if len(self._kept) > KEPT_MAX:
+            self.remove(next(iter(self._kept)))
+        if not self.tree.exists(unit.facts.cgroup):
+            unit.facts = replace(unit.facts, cgroup="")
+        self._settle(unit)
+
+    def with_kept(self, loaded: list[str]) -> list[str]:
+        """Return the units that PID 1 has loaded, and those with a policy that are kept though it has not."""
+        for name in loaded:
+            self._kept.pop(name, None)
+        return [*loaded, *(name for name in self._kept if self.units[name].configured)]
+
     def remove(self, name: str) -> None:
-        """Forget a unit that PID 1 has unloaded."""
+        """Forget a unit."""
         self._created.pop(name, None)
         self._ahead.pop(name, None)
+        self._kept.pop(name, None)
         if self.units.pop(name, None) is not None:
             self.reports.removed(name)
 

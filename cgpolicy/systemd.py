@@ -19,6 +19,8 @@ MANAGER_PATH = "/org/freedesktop/systemd1"
 MANAGER = "org.freedesktop.systemd1.Manager"
 UNIT = "org.freedesktop.systemd1.Unit"
 
+TRANSIENT = "/run/systemd/transient/"  # gone with the unit
+
 INTERFACES = {kind: f"{SERVICE}.{kind.capitalize()}" for kind in POLICY_TYPES}
 
 
@@ -35,6 +37,12 @@ class UnitFacts:
     files: tuple[str, ...] = ()
     slice: str = ""
     cgroup: str = ""
+
+    @property
+    def fragment(self) -> str:
+        """The unit's own file, "" if there is none or systemd made it up for a transient unit."""
+        first = self.files[0] if self.files else ""
+        return "" if first.rpartition("/")[0].endswith(".d") or first.startswith(TRANSIENT) else first
 
     @property
     def exists(self) -> bool:

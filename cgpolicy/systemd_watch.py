@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,10 @@ WINDOW = 64
 
 # PID 1 answers nothing while it reloads, which takes seconds on a host with many units.
 TIMEOUT_MS = 120_000
+
+# An announcement so soon after a read is put off: it was made by the read if the unit is unloaded right after it.
+ECHO_MS = 100
+ENDED_MAX = 4096
 
 Read = Callable[[UnitFacts | None], None]
 
@@ -47,6 +52,10 @@ class SystemdWatch:
         # its signals about single units are noise: whoever listens would read everything twice more.
         self._anew = 0
         self._listed = 0
+        # A question about a unit makes PID 1 load it, announce it, and unload it if nobody needs it. To ask again
+        # because of that announcement would never end.
+        self._ended: OrderedDict[str, float] = OrderedDict()  # when a unit was read last
+        self._echoes: dict[str, int] = {}
 
     def start(self) -> None:
         """Subscribe to systemd's signals, which it does not send before somebody has (org.freedesktop.systemd1(5))."""
@@ -138,6 +147,10 @@ class SystemdWatch:
 
     def _finish(self, unit: str, result: UnitFacts | None) -> None:
         waiting = self._reading.pop(unit)
+        self._ended[unit] = time.monotonic()
+        self._ended.move_to_end(unit)
+        if len(self._ended) > ENDED_MAX:
+            self._ended.popitem(last=False)
         if unit in self._again:
             self._reading[unit] = self._again.pop(unit)
             self._begin(unit)
@@ -179,11 +192,22 @@ class SystemdWatch:
             self.read(unit, lambda result: self._loaded(result) if result is not None else None)
 
     def _unit_new(self, unit: str, path: str) -> None:
-        # One that is being read may have been loaded for that.
-        if unit not in self._reading:
+        if unit in self._reading or unit in self._echoes or not self._counts(unit):
+            return
+        if time.monotonic() - self._ended.get(unit, 0.0) > ECHO_MS / 1000:
             self._reread(unit)
+            return
+
+        def no_echo() -> bool:
+            del self._echoes[unit]
+            self._reread(unit)
+            return False
+
+        self._echoes[unit] = GLib.timeout_add(ECHO_MS, no_echo)
 
     def _unit_removed(self, unit: str, path: str) -> None:
+        if unit in self._echoes:
+            GLib.source_remove(self._echoes.pop(unit))
         if self._counts(unit):
             self._removed(unit)
 
