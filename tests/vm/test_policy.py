@@ -177,7 +177,8 @@ def test_before_the_first_instruction(starts: Steps) -> None:
 def test_apply_without_daemon(starts: Steps) -> None:
     """ExecStartPre=+cgpolicy apply %n needs no daemon, and the start fails where the value cannot be set."""
     assert starts["no daemon"]["reads"] == ["continue"] * 2
-    assert starts["apply"]["reads"] == ["kill"] * 3
+    said = "probe.service: kill, from /etc/systemd/system/probe.service.d/50-policy.conf:2, is in force"
+    assert starts["apply"]["reads"] == [said, "kill"] * 3
     seen = starts["cannot apply"]
     assert seen["status"] != 0
     assert not seen["ran"]
