@@ -75,6 +75,7 @@ def lose(unit: str, action: str, monitor: subprocess.Popen[str]) -> None:
 
 
 def main() -> None:
+    must("journalctl", "--update-catalog")  # as a package's trigger does
     Path("/proc/sys/vm/dirty_writeback_centisecs").write_text("0")  # or the page is clean by then
     with subprocess.Popen(["cgpolicy", "--json", "monitor"], stdout=subprocess.PIPE, text=True) as monitor:
         listen(monitor)
