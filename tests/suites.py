@@ -40,6 +40,7 @@ HOST_PACKAGES = (
 
 # From the Python index and pinned: with every release linters find new faults in old code.
 PYTHON_PACKAGES = ("hypothesis==6.170.15", "mypy==2.4.1", "pytest==8.3.5", "ruff==0.17.6")
+SYSTEMD_PC = Path("/usr/share/pkgconfig/systemd.pc")  # in systemd itself before Debian 13, in systemd-dev since
 PYTHON = Path("/usr/bin/python3")  # the one that sees Debian's gi, pydbus and pystemd
 
 
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         require_root()
         install_packages(HOST_PACKAGES)
+        if not SYSTEMD_PC.exists():
+            install_packages(["systemd-dev"])
         python = environment()
     except UserError as error:
         print(f"tests/run: {error}", file=sys.stderr)
