@@ -297,7 +297,9 @@ class BusFace:
         check_flags(flags)
 
         def write() -> None:
-            path = self._files.write_unit(name, action, runtime=runtime)
+            unit = self._reconciler.units.get(name)
+            known = unit.facts.files if unit is not None else ()
+            path = self._files.write_unit(name, action, runtime=runtime, known=known)
             self._reconciler.drop_in_written(name, str(path))
             self._reload_systemd(flags)
             reply(invocation, None)

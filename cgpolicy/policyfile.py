@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cgpolicy.action import Action
@@ -36,18 +36,21 @@ class PolicyFiles:
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
 
-    def write_unit(self, unit: str, action: Action, *, runtime: bool) -> Path:
-        """Write a unit's drop-in and return its path.
+    def write_unit(self, unit: str, action: Action, *, runtime: bool, known: Iterable[str] = ()) -> Path:
+        """Write a unit's drop-in and return its path; known are the files that systemd uses for the unit so far.
 
         Raises WriteFailed also if a file of that name exists that says more than this one would, and if a
         runtime drop-in would not count because a persistent one has the same name (systemd.unit(5)).
         """
         base = RUNTIME if runtime else PERSISTENT
-        masking = self.root / PERSISTENT / f"{check(unit)}.d" / DROP_IN
-        if runtime and masking.exists():
-            raise WriteFailed(
-                f"{masking} takes precedence over a runtime drop-in", hint="set it without runtime, or unset it first"
-            )
+        own = self.root / PERSISTENT / f"{check(unit)}.d" / DROP_IN
+        for masking in (own, *map(Path, known)) if runtime else ():
+            # Of another directory, such as service.d, too: what is in /etc hides what is in /run.
+            if masking.name == DROP_IN and masking.is_relative_to(self.root / PERSISTENT) and masking.exists():
+                raise WriteFailed(
+                    f"{masking} takes precedence over a runtime drop-in",
+                    hint="set it without runtime, or unset it first",
+                )
         path = self.root / base / f"{unit}.d" / DROP_IN
         self._refuse_foreign(path)
         self._write(path, action)
