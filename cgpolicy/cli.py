@@ -284,15 +284,14 @@ def parser() -> argparse.ArgumentParser:
         description="What happens to systemd units when their dirty page cache is lost to a memory error.",
         epilog="Exit status: 0 done, 1 failed, 2 usage, 4 no such unit. See cgpolicy(1).",
     )
-    main.add_argument("--json", action="store_true", help="print JSON")
-    main.add_argument("--no-pager", action="store_true", help="do not start a pager")
-    main.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    output_options(main, default=False)
     main.add_argument("--version", action="version", version=f"cgpolicy {__version__}")
     commands = main.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, function: Callable[[argparse.Namespace, Output], int]) -> argparse.ArgumentParser:
         text = (function.__doc__ or "").rstrip(".")
         added = commands.add_parser(name, help=text[0].lower() + text[1:], description=f"{text}.")
+        output_options(added, default=argparse.SUPPRESS)  # not to undo what stands before the command
         added.set_defaults(function=function)
         return added
 
@@ -317,6 +316,12 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("unit", metavar="UNIT")
     command("doctor", doctor)
     return main
+
+
+def output_options(added: argparse.ArgumentParser, default: Any) -> None:
+    added.add_argument("--json", action="store_true", default=default, help="print JSON")
+    added.add_argument("--no-pager", action="store_true", default=default, help="do not start a pager")
+    added.add_argument("-q", "--quiet", action="store_true", default=default, help="do not say what was done")
 
 
 def unit_or_machine(added: argparse.ArgumentParser) -> None:
