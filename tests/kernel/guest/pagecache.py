@@ -118,11 +118,6 @@ def keep_quiet() -> None:
     subprocess.run(["udevadm", "control", "--stop-exec-queue"], check=True)
 
 
-def drop_caches() -> None:
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
 # Errors ---------------------------------------------------------------------------------------
 
 
@@ -226,7 +221,7 @@ class Cgroup:
 
 
 class Process:
-    """A child process in a cgroup that does what it is told by a function, with a pipe each way."""
+    """A child process that has joined a cgroup and does what a function says, with a pipe each way."""
 
     orders: ClassVar[set[int]] = set()  # the parent's ends, which no child may keep open
 
@@ -242,6 +237,7 @@ class Process:
                 os.close(self.to_parent[0])
                 if cgroup:
                     cgroup.join()
+                self.tell("here")
                 body(self)
                 status = 0
             except BaseException as error:  # noqa: BLE001
@@ -252,6 +248,7 @@ class Process:
         os.close(self.to_child[0])
         os.close(self.to_parent[1])
         self.pidfd = os.pidfd_open(self.pid)
+        check("here", self.hear(), "child process")
 
     # In the child
     def tell(self, text: str) -> None:
@@ -336,7 +333,8 @@ def target(kind: str, size: int = 1 << 20) -> Iterator[Target]:
         file.write(OLD * size)
         file.flush()
         os.fsync(file.fileno())
-    drop_caches()
+        # Nobody else's: a large folio with a poisoned page in it would be freed, and the page used again.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     yield Target(path, size, device)
     # Poisoned pages of a mounted file system stay where they are until the machine is gone.
 
