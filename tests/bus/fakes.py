@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +83,7 @@ class FakeSystemd:
         self.units: dict[str, FakeUnit] = {}
         self.listed: set[str] = set()
         self.reloads = 0
+        self.gets: Counter[str] = Counter()
         self.subscribed = False
         self.holding = False
         self._held: list[Callable[[], None]] = []
@@ -167,7 +169,12 @@ class FakeSystemd:
         _, name = arguments.unpack()
 
         def answer() -> None:
+            self.gets[unit.name] += 1
             invocation.return_value(GLib.Variant("(v)", (unit.value(name),)))
+            if unit.name not in self.listed:
+                # PID 1 loads a unit to answer for it, and unloads it again.
+                self.emit("UnitNew", "(so)", unit.name, unit_path(unit.name))
+                self.emit("UnitRemoved", "(so)", unit.name, unit_path(unit.name))
 
         if self.holding:
             self._held.append(answer)

@@ -116,6 +116,17 @@ def test_unit_that_stops_and_is_unloaded(world: World) -> None:
     wait(lambda: world.root_client.get("NUnits") == 0, "the unit to be forgotten")
 
 
+def test_echo_of_a_question_is_not_answered_by_another(world: World) -> None:
+    """systemd announces a unit that it loads to answer for it: asked about again and again it would never end."""
+    world.start()
+    world.systemd.add("late.service", listed=False, fragment=world.write_fragment("late.service", KILL))
+    world.root_client.call("GetUnit", "(s)", "late.service")
+    for _ in range(20):
+        world.settle()
+    assert world.systemd.gets["late.service"] == 5
+    assert world.unit("late.service")["State"] == "inactive"
+
+
 def test_reload_of_systemd_is_followed(world: World) -> None:
     world.service("web.service", KILL)
     world.service("other.service", KILL)
