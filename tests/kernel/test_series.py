@@ -55,16 +55,18 @@ class Build:
 
 
 def test_series_is_complete() -> None:
-    """The subjects number the patches as their file names do, and none carries a sign-off."""
-    assert len(SERIES) == 8
+    """File names and cover letter number the patches as their subjects do, and none carries a sign-off."""
+    letter = (SERIES[0].parent / "0000-cover-letter.txt").read_text()
+    assert len(SERIES) == 8 and f"[PATCH 0/{len(SERIES)}]" in letter
     for number, patch in enumerate(SERIES, 1):
         text = patch.read_text()
         assert patch.name.startswith(f"{number:04}-")
-        assert f"\nSubject: [PATCH {number}/{len(SERIES)}]" in text
+        headers, _, body = text.partition("\n\n")
+        _, numbered, title = headers.replace("\n ", " ").partition(f"\nSubject: [PATCH {number}/{len(SERIES)}] ")
+        assert numbered and f"\n  {number}  {title}\n" in letter
         assert "\nAssisted-by: " in text
         assert "Signed-off-by:" not in text
-        body = text.partition("\n\n")[2].partition("\n---\n")[0]
-        assert [line for line in body.splitlines() if len(line) > 75] == []
+        assert [line for line in body.partition("\n---\n")[0].splitlines() if len(line) > 75] == []
 
 
 @pytest.mark.parametrize("patch", SERIES, ids=lambda patch: patch.name[:4])
