@@ -141,7 +141,7 @@ class Reconciler:
     def unload(self, name: str) -> None:
         """Note that PID 1 has unloaded a unit; one that can be started again and has been of interest is kept."""
         unit = self.units.get(name)
-        if unit is None or not (unit.configured or unit.asked) or not Path(unit.facts.fragment).is_file():
+        if unit is None or not self._may_return(unit):
             self.remove(name)
             return
         self._kept[name] = None
@@ -151,6 +151,12 @@ class Reconciler:
         if not self.tree.exists(unit.facts.cgroup):
             unit.facts = replace(unit.facts, cgroup="")
         self._settle(unit)
+
+    def _may_return(self, unit: Unit) -> bool:
+        fragment = Path(unit.facts.fragment)
+        # Instances of a template, one for each connection for example, are not all waited for.
+        wanted = unit.asked or (unit.configured and fragment.name == unit.name)
+        return bool(wanted) and fragment.is_file()
 
     def with_kept(self, loaded: list[str]) -> list[str]:
         """Return the units that PID 1 has loaded, and those with a policy that are kept though it has not."""

@@ -544,3 +544,50 @@ def test_every_running_unit_says_what_its_files_say_while_the_daemon_runs(steps:
                 }
         assert host.tree.said("/a.slice") == host.tree.said("/a.slice/a-b.slice") == "continue"
         assert not [report for report in host.reports if report.startswith(("interference", "problem"))]
+
+
+# What systemd unloads ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "fragment", "action", "asked", "kept"),
+    [
+        ("web.service", "web.service", "kill", False, True),
+        ("web.service", "web.service", "", False, False),
+        ("web.service", "web.service", "", True, True),
+        ("web.service", "", "kill", True, False),
+        ("web@1.service", "web@.service", "kill", False, False),
+        ("web@1.service", "web@.service", "kill", True, True),
+    ],
+)
+def test_what_can_start_again_is_kept(
+    host: Host, name: str, fragment: str, action: str, asked: bool, kept: bool
+) -> None:
+    """Kept is what has a policy or was asked for, and a file to be started from; at its start nobody is asked."""
+    path = host.root / (fragment or "gone.service")
+    if fragment:
+        path.touch()
+    drop_in = host.root / f"{name}.d/a.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text(f"[X-CgPolicy]\nMemoryFailureDirtyAction={action}\n")
+    host.reconciler.load(UnitFacts(name, "loaded", (str(path), str(drop_in)), "system.slice"))
+    host.reconciler.units[name].asked = asked
+    host.reconciler.unload(name)
+    assert (name in host.reconciler.units) == kept
+    host.tree.make(f"/system.slice/{name}")
+    host.reconciler.cgroup_created("/system.slice", name)
+    assert host.tree.said(f"/system.slice/{name}") == (action if kept and action else "continue")
+
+
+def test_only_so_many_are_kept(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cgpolicy.reconciler.KEPT_MAX", 2)
+    for number in range(4):
+        host.load(f"{number}.service", "kill")
+        host.reconciler.unload(f"{number}.service")
+    assert sorted(host.reconciler.units) == ["2.service", "3.service"]
+    # One that is loaded again is not among those who make room.
+    host.load("2.service", "kill")
+    host.load("4.service", "kill")
+    for name in ("4.service", "3.service"):
+        host.reconciler.unload(name)
+    assert sorted(host.reconciler.units) == ["2.service", "3.service", "4.service"]
