@@ -238,3 +238,19 @@ def test_loss(loss: Steps, action: str, result: str) -> None:
     assert seen["result"] == result
     if action == "continue":
         assert (seen["after"]["FailureDirty"], seen["after"]["FailureDirtyKill"]) == (1, 0)
+
+
+# On a kernel without the series ---------------------------------------------------------------
+
+
+def test_stock_kernel(guest: Guest) -> None:
+    """Nothing is enforced there, and everything says so: the setting stands, the state and the first line tell."""
+    done = guest.run("sh", "-c", "cgpolicy set cgpolicyd kill; cgpolicy status; exec cgpolicy doctor", kernel="stock")
+    assert done.status == 1
+    said, first, *rest = done.stdout.splitlines()
+    assert said.startswith("cgpolicyd.service: continue (wants kill); ")
+    assert said.endswith("; not-enforced; enforcement none")
+    assert first.startswith("Enforcement: none (backend none): policies are resolved and shown, NOT enforced;")
+    (row,) = [line for line in rest if "cgpolicyd.service" in line]
+    assert row.endswith("not-enforced")
+    assert "problem memory.failure_dirty_action: no cgroup has it" in rest
