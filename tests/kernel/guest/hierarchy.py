@@ -97,15 +97,17 @@ def write_error(path: Path, value: str) -> str:
 
 
 def test_controller_disabled() -> None:
-    top = Cgroup("disabled")
-    child = Cgroup("child", top)
-    child.action = "kill"
-    process = Process(child, idle)
-    (top.path / "cgroup.subtree_control").write_text("-memory")
-    check(False, (child.path / FILE).exists(), "file without the controller")
-    (top.path / "cgroup.subtree_control").write_text("+memory")
-    check("continue\n", child.action, "value after the controller was off")
-    process.end()
+    """The value is gone also if the io controller, which depends on memory, keeps the state of the cgroup alive."""
+    for number, controllers in enumerate(("+memory", "+memory +io")):
+        top = Cgroup(f"disabled{number}", controllers=controllers)
+        child = Cgroup("child", top, controllers=controllers)
+        child.action = "kill"
+        process = Process(child, idle)
+        (top.path / "cgroup.subtree_control").write_text("-memory")
+        check(False, (child.path / FILE).exists(), "file without the controller")
+        (top.path / "cgroup.subtree_control").write_text("+memory")
+        check("continue\n", child.action, f"{controllers}: value after memory was off")
+        process.end()
 
 
 def test_highest_kill_counts() -> None:
