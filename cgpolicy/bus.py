@@ -210,9 +210,6 @@ class BusFace:
     def _manager_call(
         self, connection: Any, sender: str, path: str, interface: str, method: str, arguments: Any, invocation: Any
     ) -> None:
-        if interface == PROPERTIES:
-            reply_error(invocation, Refused("PropertyReadOnly", "the Manager's properties are read-only"))
-            return
         methods: dict[str, Callable[..., None]] = {
             "SetUnitPolicy": self._set_unit,
             "UnsetUnitPolicy": self._unset_unit,
@@ -229,11 +226,9 @@ class BusFace:
         self, unit: str, connection: Any, sender: str, path: str, interface: str, method: str, arguments: Any,
         invocation: Any,
     ) -> None:
-        # The interface has no methods: this is Properties.Set.
-        _, name, value = arguments.unpack()
-        if name != "MemoryFailureDirtyAction":
-            reply_error(invocation, Refused("PropertyReadOnly", f"{name} is read-only"))
-        elif not value:
+        # The interface has no methods and one property to be written: this is Properties.Set of it.
+        _, _, value = arguments.unpack()
+        if not value:
             self._guarded(invocation, self._unset_unit, invocation, unit, False, 0)
         else:
             self._guarded(invocation, self._set_unit, invocation, unit, value, False, 0)
