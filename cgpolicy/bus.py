@@ -20,6 +20,7 @@ from gi.repository import Gio, GLib
 from cgpolicy import __version__
 from cgpolicy.action import Action
 from cgpolicy.client import MANAGER, MANAGER_PATH, NAME, NO_RELOAD, UNIT
+from cgpolicy.enforcement import Enforcement
 from cgpolicy.error import NoSuchUnit, NotSupported, UserError
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.polkit import Authority
@@ -82,7 +83,7 @@ class BusFace:
 
     def __init__(
         self, bus: Any, reconciler: Reconciler, watch: SystemdWatch, authority: Authority, files: PolicyFiles,
-        refresh: Callable[[Callable[[], None]], None],
+        refresh: Callable[[Callable[[], None]], None], enforcement: Callable[[], Enforcement],
     ) -> None:
         self._connection = bus.con
         self._reconciler = reconciler
@@ -90,6 +91,7 @@ class BusFace:
         self._authority = authority
         self._files = files
         self._refresh = refresh
+        self._enforcement = enforcement
         self._registered: dict[str, int] = {}
         self._last: dict[str, dict[str, Any]] = {}
         self._manager_last: dict[str, Any] = {}
@@ -149,16 +151,13 @@ class BusFace:
     def _emit(self, path: str, interface: str, signal: str, values: Any) -> None:
         self._connection.emit_signal(None, path, interface, signal, values)
 
-    def backend(self) -> tuple[str, str]:
-        """Return the backend and its enforcement."""
-        return ("kernel", "synchronous") if self._reconciler.supported else ("none", "none")
-
     def _manager_changing(self) -> dict[str, Any]:
-        backend, enforcement = self.backend()
+        enforcement = self._enforcement()
         units = self._reconciler.units.values()
         return {
-            "Backend": GLib.Variant("s", backend),
-            "Enforcement": GLib.Variant("s", enforcement),
+            "Backend": GLib.Variant("s", enforcement.backend),
+            "Enforcement": GLib.Variant("s", enforcement.strength),
+            "EnforcementDetail": GLib.Variant("s", enforcement.detail),
             "NUnits": GLib.Variant("u", sum(1 for unit in units if unit.configured)),
             "NFailed": GLib.Variant("u", sum(1 for unit in units if unit.state in FAILURES)),
         }

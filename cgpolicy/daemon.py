@@ -15,7 +15,7 @@ import pydbus
 from gi.repository import GLib
 from pystemd import daemon as sd_daemon
 
-from cgpolicy import __version__, journal
+from cgpolicy import __version__, enforcement, journal
 from cgpolicy.action import Action
 from cgpolicy.bus import BusFace
 from cgpolicy.cgroupfs import (
@@ -30,8 +30,10 @@ from cgpolicy.cgroupfs import (
     unit_of_directory,
 )
 from cgpolicy.client import NAME
+from cgpolicy.enforcement import Enforcement
+from cgpolicy.enforcer import Armed, Ended, Enforcer, Fault, Unarmed
 from cgpolicy.error import UserError
-from cgpolicy.losses import Loss, LossReader
+from cgpolicy.losses import FileLoss, LossReader, by_file
 from cgpolicy.machined import MachineWatch
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.polkit import Authority
@@ -42,9 +44,6 @@ from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import ROOT_SLICE, unit_type
 
 SWEEP_SECONDS = 600
-
-# Pages of one file, lost together, become one record; a record names at most so many offsets.
-POSITIONS_MAX = 64
 
 
 def lasting(handler: Callable[..., None]) -> Callable[..., bool]:
@@ -68,14 +67,16 @@ class Daemon:
         self.loop = GLib.MainLoop()
         self.status = 0
         self.bus = pydbus.SystemBus()
-        self.tree = CgroupTree(root / "sys/fs/cgroup")
+        self.losses = LossReader(root / "sys/kernel/tracing")
+        self.face: BusFace | None = None
+        self.enforcer: Enforcer | None = None
+        self.enforcement = enforcement.KERNEL
+        self.tree = self.choose_backend(root)
         self.files = PolicyFiles(root)
         self.cgroups = CgroupWatch(self.tree)
-        self.losses = LossReader(root / "sys/kernel/tracing")
         self.watch = SystemdWatch(self.bus, loaded=self.unit_loaded, removed=self.unit_removed, refresh=self.refresh)
         self.machines = MachineWatch(self.bus, self.machine_changed)
         self.reconciler = Reconciler(self.tree, self.files, machine_uuid=self.machines.uuid)
-        self.face: BusFace | None = None
         self._refreshing = False
         self._refresh_asked: list[Callable[[], None]] = []
 
@@ -103,12 +104,32 @@ class Daemon:
         sd_daemon.notify(False, stopping=1)
         # What the kernel was told stays in force; only the private tracing instance goes.
         self.losses.close()
+        if self.enforcer is not None:
+            self.enforcer.stop()
         return self.status
+
+    def choose_backend(self, root: Path) -> CgroupTree:
+        """Return the kernel's own files where it has them, else a table of policies enforced as well as can be."""
+        tree = CgroupTree(root / "sys/fs/cgroup")
+        if tree.is_supported() or self.losses.is_supported():
+            return tree
+        enforcer = Enforcer(root)
+        try:
+            armed = enforcer.start()
+        except UserError as error:
+            self.enforcement = enforcement.none(str(error))
+            journal.log_warning(f"policies are not enforced: {error}")
+            return tree
+        self.enforcer = enforcer
+        self.armed(armed)
+        return enforcer.table
 
     def publish(self) -> None:
         """Go on the bus, the first picture being complete and applied."""
         authority = Authority(self.bus.con)
-        self.face = BusFace(self.bus, self.reconciler, self.watch, authority, self.files, self.refresh)
+        self.face = BusFace(
+            self.bus, self.reconciler, self.watch, authority, self.files, self.refresh, self.strength
+        )
         self.reconciler.reports.changed = self.face.unit_changed
         self.reconciler.reports.removed = self.removed
         try:
@@ -123,11 +144,16 @@ class Daemon:
         self.status = 1
         self.loop.quit()
 
+    def strength(self) -> Enforcement:
+        """Return what can be promised now."""
+        if self.enforcement is enforcement.KERNEL and not self.reconciler.supported:
+            return enforcement.none("no control group has the memory controller")
+        return self.enforcement
+
     def notify_ready(self) -> None:
-        assert self.face is not None
-        backend, enforcement = self.face.backend()
         units = sum(1 for unit in self.reconciler.units.values() if unit.configured)
-        sd_daemon.notify(False, ready=1, status=f"{units} units with a policy; backend {backend}: {enforcement}")
+        how = f"backend {self.strength().backend}: {self.strength().strength}"
+        sd_daemon.notify(False, ready=1, status=f"{units} units with a policy; {how}")
 
     def start_watchdog(self) -> None:
         interval = sd_daemon.watchdog_enabled(False)  # microseconds, 0 without WatchdogSec=
@@ -227,6 +253,9 @@ class Daemon:
     # Losses -----------------------------------------------------------------------------------
 
     def open_losses(self) -> None:
+        if self.enforcer is not None:
+            GLib.io_add_watch(self.enforcer.fileno(), GLib.PRIORITY_HIGH, GLib.IOCondition.IN, self.enforcer_says)
+            return
         try:
             self.losses.open()
         except UserError as error:
@@ -236,29 +265,67 @@ class Daemon:
 
     @lasting
     def losses_waiting(self, source: object, condition: object) -> None:
-        groups: dict[tuple[int, tuple[int, int], int, Action], list[Loss]] = {}
-        for loss in self.losses.read():
-            groups.setdefault((loss.cgroup_id, loss.device, loss.inode, loss.action), []).append(loss)
-        for losses in groups.values():
-            self.report(losses)
+        for loss in by_file(self.losses.read()):
+            self.report(loss)
 
-    def report(self, losses: list[Loss]) -> None:
+    @lasting
+    def enforcer_says(self, source: object, condition: object) -> None:
+        assert self.enforcer is not None
+        try:
+            for said in self.enforcer.read():
+                match said:
+                    case Armed():
+                        self.armed(said)
+                    case Unarmed(reason):
+                        self.unarmed(reason)
+                    case Fault(text):
+                        journal.log_warning(f"somebody has meddled with the probes: {text}; placing them anew")
+                    case FileLoss():
+                        self.report(said)
+        except Ended as error:
+            # systemd starts this program again, and that the reactor: one way for every fault.
+            self.fail(str(error))
+
+    def armed(self, armed: Armed) -> None:
+        """Say what is watched."""
+        assert self.enforcer is not None
+        self.enforcer.table.can_panic = armed.can_panic
+        detail = ", ".join((f"watches {' '.join(armed.paths)}", *armed.refused))
+        self.enforced(enforcement.late(detail))
+
+    def unarmed(self, reason: str) -> None:
+        if reason != self.enforcement.detail:
+            journal.log_warning(f"policies are not enforced: {reason}")
+        self.enforced(enforcement.none(reason))
+
+    def enforced(self, now: Enforcement) -> None:
+        """Take note of what the enforcer can do, and have the units' states say so."""
+        assert self.enforcer is not None
+        before, self.enforcement = self.enforcement, now
+        self.enforcer.table.enforced = now.backend == "tracefs"
+        if self.face is not None and now != before:
+            self.reconciler.sweep()
+            self.face.manager_changed()
+
+    def report(self, loss: FileLoss) -> None:
         """Report pages of one file that a cgroup lost together: one journal record, one signal."""
-        first = losses[0]
-        owner = self.reconciler.owner(first.cgroup_id) or Owner("", "", "")
-        backend, enforcement = self.face.backend() if self.face is not None else ("kernel", "synchronous")
-        journal.record_loss(owner.unit, owner.invocation_id, owner.cgroup, first, len(losses), backend, enforcement)
+        owner = self.reconciler.owner(loss.lineage) or Owner("", "", "")
+        how = self.strength()
+        if self.enforcer is not None and owner.unit in self.reconciler.units:
+            self.enforcer.table.count(self.reconciler.units[owner.unit].facts.cgroup, loss.pages, loss.kills)
+        journal.record_loss(owner.unit, owner.invocation_id, owner.cgroup, loss, how.backend, how.strength)
         if self.face is None:
             return
         detail: dict[str, Any] = {
-            "Device": GLib.Variant("(uu)", first.device),
-            "Inode": GLib.Variant("t", first.inode),
-            "Positions": GLib.Variant("at", [loss.position for loss in losses[:POSITIONS_MAX]]),
-            "PageFrames": GLib.Variant("at", [loss.pfn for loss in losses[:POSITIONS_MAX]]),
+            "Device": GLib.Variant("(uu)", loss.device),
+            "Inode": GLib.Variant("t", loss.inode),
+            "Positions": GLib.Variant("at", loss.positions),
+            "PageFrames": GLib.Variant("at", loss.pfns),
             "InvocationID": GLib.Variant("s", owner.invocation_id),
-            "Enforcement": GLib.Variant("s", enforcement),
+            "Enforcement": GLib.Variant("s", how.strength),
+            "Reaction": GLib.Variant("s", loss.reaction),
         }
-        self.face.data_lost(owner.unit, owner.cgroup, first.cgroup_id, str(first.action), len(losses), detail)
+        self.face.data_lost(owner.unit, owner.cgroup, loss.cgroup_id, str(loss.action), loss.pages, detail)
 
     # Reports ----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from cgpolicy.cgroupfs import POLICY_FILE, CgroupTree
 from cgpolicy.client import Client
 from cgpolicy.error import UserError
+from cgpolicy.kprobes import LossProbes
 from cgpolicy.losses import EVENT
 from cgpolicy.status import STRENGTH
 
@@ -25,8 +26,10 @@ class Finding:
 
 def examine(root: Path = Path("/")) -> list[Finding]:
     """Look at the kernel, the cgroup hierarchy and the daemon, the foundations first."""
-    tree = CgroupTree(root / "sys/fs/cgroup")
-    return [hierarchy(tree), policy_file(tree), tracepoint(root / "sys/kernel/tracing"), daemon()]
+    tree, tracing = CgroupTree(root / "sys/fs/cgroup"), root / "sys/kernel/tracing"
+    patched = policy_file(tree)
+    losses = tracepoint(tracing) if patched.good else probes(tracing, root / "sys/kernel/btf/vmlinux")
+    return [hierarchy(tree), patched, losses, daemon()]
 
 
 def hierarchy(tree: CgroupTree) -> Finding:
@@ -39,7 +42,7 @@ def hierarchy(tree: CgroupTree) -> Finding:
 def policy_file(tree: CgroupTree) -> Finding:
     if tree.is_supported():
         return Finding(POLICY_FILE, True, "this kernel has it")
-    cure = "policies are not enforced: boot a kernel with the series in kernel-patch/ (see its README.md)"
+    cure = "enforcement is late at best: boot a kernel with the series in kernel-patch/ (see its README.md)"
     return Finding(POLICY_FILE, False, "no cgroup has it", cure)
 
 
@@ -58,6 +61,15 @@ def tracepoint(tracing: Path) -> Finding:
     return Finding(what, False, f"no {path}", cure)
 
 
+def probes(tracing: Path, btf: Path) -> Finding:
+    what = "probes for a late reaction"
+    try:
+        LossProbes(tracing, btf).check()
+    except UserError as error:
+        return Finding(what, False, error.message, error.hint or "")
+    return Finding(what, True, "this kernel has what they need")
+
+
 def daemon() -> Finding:
     what = "cgpolicyd"
     try:
@@ -66,6 +78,8 @@ def daemon() -> Finding:
         return Finding(what, False, error.message, error.hint or "see systemctl status cgpolicyd")
     strength = manager["Enforcement"]
     found = f"version {manager['Version']}, enforcement {strength}: {STRENGTH.get(strength, '')}"
+    if manager["EnforcementDetail"]:
+        found += f"; {manager['EnforcementDetail']}"
     failed = manager["NFailed"]
     if failed:
         return Finding(what, False, f"{found}; {failed} units fail", "see cgpolicy status")

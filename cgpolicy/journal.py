@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pystemd import journal
 
-from cgpolicy.losses import Loss
+from cgpolicy.losses import FileLoss
 from cgpolicy.unitfile import Problem
 
 SOCKET = Path("/run/systemd/journal/socket")
@@ -51,28 +51,30 @@ def warn_problem(unit: str, problem: Problem) -> None:
 
 
 def record_loss(
-    unit: str, invocation_id: str, cgroup: str, first: Loss, pages: int, backend: str, enforcement: str
+    unit: str, invocation_id: str, cgroup: str, loss: FileLoss, backend: str, enforcement: str
 ) -> None:
     """Record pages of one file that a unit lost together; offsets are bytes."""
-    device = f"{first.device[0]}:{first.device[1]}"
-    whose = unit or cgroup or f"cgroup {first.cgroup_id}, which is gone"
-    what = "page" if pages == 1 else f"{pages} pages, the first"
+    device = f"{loss.device[0]}:{loss.device[1]}"
+    whose = unit or cgroup or f"cgroup {loss.cgroup_id}, which is gone"
+    what = "page" if loss.pages == 1 else f"{loss.pages} pages, the first"
+    reaction = f": {loss.reaction}" if loss.reaction else ""
     send(
         ERROR,
-        f"{whose}: dirty page cache lost: {what} at device {device} inode {first.inode} offset {first.position};"
-        f" action {first.action} ({enforcement})",
+        f"{whose}: dirty page cache lost: {what} at device {device} inode {loss.inode} offset {loss.positions[0]};"
+        f" action {loss.action} ({enforcement}){reaction}",
         MESSAGE_ID=LOSS_ID,
         OBJECT_SYSTEMD_UNIT=unit,  # what journalctl -u looks for in records of root's
         CGPOLICY_UNIT=unit,
         INVOCATION_ID=invocation_id,
-        CGPOLICY_ACTION=first.action,
+        CGPOLICY_ACTION=loss.action,
+        CGPOLICY_REACTION=loss.reaction,
         CGPOLICY_CGROUP=cgroup,
-        CGPOLICY_CGROUP_ID=first.cgroup_id,
+        CGPOLICY_CGROUP_ID=loss.cgroup_id,
         CGPOLICY_DEVICE=device,
-        CGPOLICY_INODE=first.inode,
-        CGPOLICY_OFFSET=first.position,
-        CGPOLICY_PFN=f"{first.pfn:#x}",
-        CGPOLICY_PAGES=pages,
+        CGPOLICY_INODE=loss.inode,
+        CGPOLICY_OFFSET=loss.positions[0],
+        CGPOLICY_PFN=f"{loss.pfns[0]:#x}",
+        CGPOLICY_PAGES=loss.pages,
         CGPOLICY_BACKEND=backend,
         CGPOLICY_ENFORCEMENT=enforcement,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ DROPPED = re.compile(rb"LOST (\d+) EVENTS")
 
 BUFFER_KIB = 256  # a CPU; about 4,000 events until they are read
 
+# Pages of one file, lost together, are told of together, and at most so many of them one by one.
+POSITIONS_MAX = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -39,6 +43,43 @@ class Loss:
     action: Action
 
 
+@dataclass(frozen=True, slots=True)
+class FileLoss:
+    """Pages of one file that a cgroup lost together: positions (bytes) and page frames of the first of them.
+
+    lineage holds the ids of the charged cgroup and of those above it, as far as the reporter knows them, the
+    charged one last. reaction is "" where the kernel itself acted.
+    """
+
+    cgroup_id: int
+    device: tuple[int, int]
+    inode: int
+    action: Action
+    pages: int
+    positions: tuple[int, ...]
+    pfns: tuple[int, ...]
+    lineage: tuple[int, ...]
+    reaction: str = ""
+    kills: int = 0  # times that the reaction was carried out for them
+
+
+def by_file(losses: Iterable[Loss]) -> list[FileLoss]:
+    """Put pages of one file together that one cgroup lost."""
+    groups: dict[tuple[int, tuple[int, int], int, Action], list[Loss]] = {}
+    for loss in losses:
+        groups.setdefault((loss.cgroup_id, loss.device, loss.inode, loss.action), []).append(loss)
+    return [
+        FileLoss(
+            *key,
+            pages=len(group),
+            positions=tuple(loss.position for loss in group[:POSITIONS_MAX]),
+            pfns=tuple(loss.pfn for loss in group[:POSITIONS_MAX]),
+            lineage=(key[0],),
+        )
+        for key, group in groups.items()
+    ]
+
+
 class LossReader:
     """Reads losses as they happen; dropped counts those that came too fast for the trace buffer."""
 
@@ -49,11 +90,15 @@ class LossReader:
         self._rest = b""
         self.dropped = 0
 
+    def is_supported(self) -> bool:
+        """Tell whether the kernel has the tracepoint, and so memory.failure_dirty_action."""
+        return (self._tracefs / "events" / EVENT).is_dir()
+
     def open(self) -> None:
         """Make the instance and begin to listen; raise NotSupported with the cure if that cannot be."""
         if not (self._tracefs / "events").is_dir():
             raise NotSupported(f"{self._tracefs} is no tracefs", hint="systemctl start sys-kernel-tracing.mount")
-        if not (self._tracefs / "events" / EVENT).is_dir():
+        if not self.is_supported():
             raise NotSupported(f"the kernel has no tracepoint {EVENT}", hint="see kernel-patch/")
         try:
             # One that a killed daemon left behind is taken over.

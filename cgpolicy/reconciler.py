@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -233,7 +233,7 @@ class Reconciler:
 
     def sweep(self) -> None:
         """Look at everything: for events that were lost, and for certainty."""
-        self.supported = self.supported or self.tree.is_supported()
+        self.supported = self.tree.is_supported()
         for unit in list(self.units.values()):
             self._settle(unit)
 
@@ -245,11 +245,18 @@ class Reconciler:
             if unit.facts.slice and slice_name in parent_slices(unit.facts.slice):
                 yield unit
 
-    def owner(self, cgroup_id: int) -> Owner | None:
-        """Return whose cgroup this is or lately was; a cgroup below a unit's belongs to the unit."""
-        if cgroup_id in self._owners:
-            return self._owners[cgroup_id]
-        cgroup = self.tree.find(cgroup_id)
+    def owner(self, lineage: Sequence[int]) -> Owner | None:
+        """Return whose cgroup this is or lately was; a cgroup below a unit's belongs to the unit.
+
+        lineage holds its id and those of the cgroups above it as far as they are known, its own last.
+        """
+        if lineage and lineage[-1] in self._owners:
+            return self._owners[lineage[-1]]
+        cgroup = self.tree.find(lineage[-1]) if lineage else None
+        for number in reversed(lineage):
+            known = self._owners.get(number)
+            if known is not None and unit_type(known.unit) != "slice":
+                return replace(known, cgroup=cgroup or "")
         above = cgroup or ""
         by_cgroup = {unit.facts.cgroup: unit for unit in self.units.values() if unit.facts.cgroup}
         while above:

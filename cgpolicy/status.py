@@ -11,8 +11,9 @@ from cgpolicy.client import UnitRow
 
 STRENGTH = {
     "synchronous": "the kernel acts before the data is gone",
-    "late": "acts a few milliseconds after the data is gone; stale reads can get out",
-    "none": "policies are resolved and shown, NOT enforced; this kernel lacks memory.failure_dirty_action",
+    "late": "this kernel lacks memory.failure_dirty_action; kill and panic come a few milliseconds after the data is "
+    "gone, stale reads can get out meanwhile",
+    "none": "policies are resolved and shown, NOT enforced",
 }
 
 BAD_STATES = ("failed", "no-controller", "not-enforced")
@@ -40,7 +41,8 @@ def enforcement(manager: dict[str, Any], paint: Paint) -> str:
     backend, strength = manager["Backend"], manager["Enforcement"]
     said = STRENGTH.get(strength, strength)
     colour = {"synchronous": GREEN, "late": YELLOW}.get(strength, RED)
-    return f"{paint(f'Enforcement: {strength}', colour)} (backend {backend}): {said}"
+    detail = f"; {manager['EnforcementDetail']}" if manager["EnforcementDetail"] else ""
+    return f"{paint(f'Enforcement: {strength}', colour)} (backend {backend}): {said}{detail}"
 
 
 def decided_by(properties: dict[str, Any]) -> str:

@@ -64,7 +64,8 @@ def test_introspection_is_the_installed_xml(nobody: Client, path: str, interface
 
 def test_manager_properties(nobody: Client) -> None:
     assert nobody.call("GetAll", "(s)", MANAGER, interface=PROPERTIES) == {
-        "Version": __version__, "Backend": "kernel", "Enforcement": "synchronous", "NUnits": 3, "NFailed": 0,
+        "Version": __version__, "Backend": "kernel", "Enforcement": "synchronous", "EnforcementDetail": "",
+        "NUnits": 3, "NFailed": 0,
     }
 
 

@@ -75,7 +75,7 @@ def test_pages_of_one_file_are_one_signal(world: World, tracefs: Tracefs) -> Non
     assert (unit, cgroup, identity, action, pages) == ("web.service", WEB, cgroup_id, "kill", 2)
     assert detail == {
         "Device": (8, 1), "Inode": 12, "Positions": [0, 4096], "PageFrames": [0x1000, 0x1001], "InvocationID": "",
-        "Enforcement": "synchronous",
+        "Enforcement": "synchronous", "Reaction": "",
     }
     assert (second.values[4], second.values[5]["Inode"]) == (1, 13)
 

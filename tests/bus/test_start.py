@@ -87,6 +87,9 @@ def test_kernel_without_the_file_is_not_enforced(world: World) -> None:
     world.start()
     assert world.root_client.get("Backend") == "none"
     assert world.root_client.get("Enforcement") == "none"
+    # Why, and what would help.
+    why = world.root_client.get("EnforcementDetail")
+    assert str(why).endswith("tracing is no tracefs (systemctl start sys-kernel-tracing.mount)")
     assert world.unit("web.service")["State"] == "not-enforced"
     assert world.unit("web.service")["EffectiveAction"] == "continue"
     assert not (world.tree.path(WEB) / "memory.failure_dirty_action").exists()

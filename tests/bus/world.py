@@ -41,6 +41,7 @@ class World:
         self.systemd = FakeSystemd(self.client(), root)
         self.root_client = self.client()
         self.daemon: subprocess.Popen[bytes] | None = None
+        self.programs = TREE / "units"
         self.ready = False
         for name, cgroup in (("-.slice", ""), ("system.slice", "/system.slice"), ("machine.slice", "/machine.slice")):
             if cgroup:
@@ -92,7 +93,7 @@ class World:
             "PYTHONPATH": str(TREE),
             "PATH": os.environ["PATH"],
         }
-        command = [PYTHON, str(TREE / "units" / "cgpolicyd"), "--root", str(self.root)]
+        command = [PYTHON, str(self.programs / "cgpolicyd"), "--root", str(self.root)]
         self.daemon = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         return self.daemon
 

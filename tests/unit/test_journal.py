@@ -7,17 +7,18 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cgpolicy import journal
 from cgpolicy.action import Action
-from cgpolicy.losses import Loss
+from cgpolicy.losses import FileLoss
 from cgpolicy.unitfile import Problem
 
 TREE = Path(__file__).resolve().parents[2]
-LOSS = Loss(0x1A2B3C, (254, 16), 1234, 8192, 4711, Action.KILL)
+LOSS = FileLoss(4711, (254, 16), 1234, Action.KILL, 3, (8192, 12288), (0x1A2B3C, 0x1A2B3D), (4711,))
 WHERE = "at device 254:16 inode 1234 offset 8192; action kill (synchronous)"
 
 # Runs in a mount namespace of its own, where journald's socket is this program's.
@@ -35,7 +36,7 @@ for send in (test_journal.send_loss, test_journal.send_problem):
 
 
 def send_loss() -> None:
-    journal.record_loss("web.service", "", "/system.slice/web.service", LOSS, 3, "kernel", "synchronous")
+    journal.record_loss("web.service", "", "/system.slice/web.service", LOSS, "kernel", "synchronous")
 
 
 def send_problem() -> None:
@@ -107,5 +108,13 @@ def test_without_a_journal_the_message_goes_to_standard_error(
     pages: int, start: str,
 ) -> None:
     monkeypatch.setattr(journal, "SOCKET", tmp_path / "none")
-    journal.record_loss(unit, "", cgroup, LOSS, pages, "kernel", "synchronous")
+    journal.record_loss(unit, "", cgroup, replace(LOSS, pages=pages), "kernel", "synchronous")
     assert capsys.readouterr().err == f"<3>{start} {WHERE}\n"
+
+
+def test_the_message_says_what_came_of_a_late_reaction(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(journal, "SOCKET", tmp_path / "none")
+    journal.record_loss("web.service", "", "", replace(LOSS, reaction="nobody left to kill"), "tracefs", "late")
+    assert capsys.readouterr().err.endswith("action kill (late): nobody left to kill\n")

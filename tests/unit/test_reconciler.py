@@ -434,11 +434,11 @@ def test_a_cgroup_is_its_units_also_after_it_is_gone(host: Host) -> None:
     host.load("web.service")
     number = host.tree.cgroup_id(WEB)
     expected = Owner("web.service", "a" * 32, WEB)
-    assert host.reconciler.owner(number) == expected
+    assert host.reconciler.owner((number,)) == expected
     host.tree.renew(WEB)
     host.reconciler.cgroup_created("/system.slice", "web.service")
     host.reconciler.remove("web.service")
-    assert host.reconciler.owner(number) == expected
+    assert host.reconciler.owner((number,)) == expected
 
 
 def test_a_cgroup_below_is_its_units_and_one_of_nobody_nobodys(host: Host) -> None:
@@ -449,12 +449,13 @@ def test_a_cgroup_below_is_its_units_and_one_of_nobody_nobodys(host: Host) -> No
     host.reconciler.replace_all([host.facts("system.slice", cgroup="/system.slice"), host.facts("web.service")])
 
     def owner(cgroup: str) -> Owner | None:
-        return host.reconciler.owner(host.tree.cgroup_id(cgroup))
+        return host.reconciler.owner((host.tree.cgroup_id(cgroup),))
 
     assert owner(payload) == Owner("web.service", "a" * 32, payload)
     assert owner("/system.slice/stray/below") == Owner("", "", "/system.slice/stray/below")
     assert owner("/elsewhere") == Owner("", "", "/elsewhere")
-    assert host.reconciler.owner(0) is None
+    assert host.reconciler.owner((0,)) is None
+    assert host.reconciler.owner(()) is None
 
 
 def test_only_so_many_are_remembered(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +469,7 @@ def test_only_so_many_are_remembered(host: Host, monkeypatch: pytest.MonkeyPatch
         kept.append(host.tree.path(WEB).rename(host.root / str(turn)))  # so that no inode number comes twice
         host.tree.make(WEB)
         host.reconciler.cgroup_created("/system.slice", "web.service")
-    assert [host.reconciler.owner(number) is not None for number in numbers] == [False, False, False, True, True]
+    assert [host.reconciler.owner((number,)) is not None for number in numbers] == [False, False, False, True, True]
 
 
 def test_counters_are_the_cgroups(host: Host) -> None:
