@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from cgpolicy.error import UserError
-from vm.debian import SUITES
+from vm.debian import BASES, SUITES
 from vm.host import require_root
+from vm.kernel import BASE
 from vm.machine import (
     EXIT_HARNESS,
     EXIT_PANIC,
@@ -51,7 +52,11 @@ def parser() -> Parser:
         default="patched",
         help="Debian's source with the series, or Debian's package",
     )
-    parser.add_argument("--base", choices=("v6.12", "v7"), default="v6.12", help="which series of kernel-patch/")
+    parser.add_argument(
+        "--base",
+        choices=tuple(BASES),
+        help=f"series of kernels; else {BASE} if patched, that of the guest's release if stock",
+    )
     parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="Debian release of the guest")
     parser.add_argument("--share", type=Path, metavar="DIR", help="read-only at /mnt/share")
     parser.add_argument("--packages", metavar="A,B", default="", help="more Debian packages in the guest")

@@ -6,11 +6,19 @@ from __future__ import annotations
 import functools
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from vm.host import HarnessError, cache_dir, install_packages, locked, output, progress, run
 
-SUITES = ("trixie", "bookworm")
+SUITES = ("trixie", "bookworm")  # releases, of which the guest is one
+
+# Kernel series, and the suites that have a kernel of it. The last one's move on to the next series some day.
+BASES = {
+    "v6.1": ("bookworm",),
+    "v6.12": ("trixie",),
+    "v7": ("trixie-backports", "forky", "sid"),
+}
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 # How this host fetches (proxies, certificates, a frozen archive): holds for other suites too.
@@ -45,11 +53,13 @@ def read_mirrors() -> dict[str, str]:
 
 
 def sources(suite: str) -> str:
-    """Return sources.list(5) lines for a suite with its updates and security archive."""
+    """Return sources.list(5) lines for a suite; a release's come with its updates and security archive."""
     archive, security = mirrors()
-    lines = [f"deb {archive} {suite} main", f"deb {archive} {suite}-updates main"]
-    if security:
-        lines.append(f"deb {security} {suite}-security main")
+    lines = [f"deb {archive} {suite} main"]
+    if suite in SUITES:
+        lines.append(f"deb {archive} {suite}-updates main")
+        if security:
+            lines.append(f"deb {security} {suite}-security main")
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -148,3 +158,34 @@ class Archive:
             except HarnessError:
                 self._update()
                 raise Renewed(f"{wanted} is not on the mirror any more") from None
+
+
+def newest_archive(package: str, base: str) -> Archive:
+    """Return the archive with the newest version of a package that belongs to a kernel series.
+
+    Raises HarnessError, telling what each suite said instead, if there is none any more.
+    """
+    found: list[tuple[str, Archive]] = []
+    instead = []
+    for suite in BASES[base]:
+        archive = Archive(suite)
+        try:
+            version, _ = archive.newest(package)
+        except HarnessError as error:  # such as a mirror without this suite: the others will do
+            instead.append(f"{suite}: {error.message}")
+            continue
+        if not version.startswith(f"{base.removeprefix('v')}."):
+            instead.append(f"{suite}: {version}")
+        elif not found or newer(version, found[0][0]):
+            found = [(version, archive)]
+    if not found:
+        raise HarnessError(
+            f"no {package} of {base} is to be had any more: {', '.join(instead)}",
+            hint=f"choose another --base, or remove {cache_dir('apt')} to look it up again",
+        )
+    return found[0][1]
+
+
+def newer(version: str, other: str) -> bool:
+    """Tell whether a Debian version is later than another (deb-version(7))."""
+    return subprocess.run(["dpkg", "--compare-versions", version, "gt", other], check=False).returncode == 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cgpolicy.error import UserError
-from vm.debian import SUITES
+from vm.debian import BASES, SUITES
 from vm.host import install_packages, progress, require_root, run, scratch_dir
 from vm.machine import (
     EXIT_HARNESS,
@@ -239,7 +239,7 @@ def as_json(rows: Sequence[Row]) -> str:
     return json.dumps({"units": units, "met": not any(row.unmet for row in rows)}, indent=2)
 
 
-def demonstrate(kernel: str, suite: str, files: Path) -> tuple[list[Row], Outcome]:
+def demonstrate(kernel: str, base: str | None, suite: str, files: Path) -> tuple[list[Row], Outcome]:
     """Set up a machine, let each unit lose a page, and judge what was seen."""
     require_root()
     install_packages(HOST_PACKAGES)
@@ -251,6 +251,7 @@ def demonstrate(kernel: str, suite: str, files: Path) -> tuple[list[Row], Outcom
         request = Request(
             ("/usr/bin/python3", "/mnt/share/observe.py"),
             kernel=kernel,
+            base=base,
             suite=suite,
             share=share,
             timeout=TIMEOUT,
@@ -268,6 +269,7 @@ def demonstrate(kernel: str, suite: str, files: Path) -> tuple[list[Row], Outcom
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vm/demo", description=__doc__)
     parser.add_argument("--kernel", choices=("patched", "stock"), default="patched", help="stock must fail")
+    parser.add_argument("--base", choices=tuple(BASES), help="series of kernels, as in vm/run")
     parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="Debian release of the guest")
     parser.add_argument(
         "--files", type=Path, metavar="DIR", default=FILES, help="units and drop-ins other than vm/demo.d"
@@ -280,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         with interruptible():
-            rows, outcome = demonstrate(options.kernel, options.suite, options.files)
+            rows, outcome = demonstrate(options.kernel, options.base, options.suite, options.files)
     except UserError as error:
         print(f"vm/demo: {error}", file=sys.stderr)
         return EXIT_HARNESS

@@ -24,6 +24,7 @@ from vm.host import (
 )
 
 HOST_PACKAGES = ("bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "lz4", "make", "patch", "xz-utils")
+BASE = "v6.12"
 SUITE = "trixie"  # whatever the guest is: one kernel serves every suite
 SOURCE_PACKAGES = {"v6.12": "linux-source-6.12"}
 FRAGMENT = Path(__file__).parent / "kernel.config"
@@ -56,7 +57,10 @@ def patched(base: str) -> Kernel:
     series = TREE / "kernel-patch" / base
     patches = sorted(series.glob("*.patch"))
     if base not in SOURCE_PACKAGES or not patches:
-        raise HarnessError(f"there is no series for {base}", hint=f"{series.relative_to(TREE)} holds no patch")
+        raise HarnessError(
+            f"there is no series for {base}",
+            hint=f"{series.relative_to(TREE)} holds no patch; Debian's own kernel is --kernel stock",
+        )
     archive = Archive(SUITE)
     version, _ = archive.newest(SOURCE_PACKAGES[base])
     recipe = repr((sorted(ENVIRONMENT.items()), CONFIGURE, BUILD))

@@ -21,10 +21,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vm.debian import Renewed
+from vm.debian import BASES, Renewed
 from vm.host import cache_dir, die_with_parent, install_packages, remove_unused
 from vm.image import image
-from vm.kernel import Kernel, patched
+from vm.kernel import BASE, Kernel, patched
 from vm.payload import write_payload
 from vm.stock import stock
 
@@ -56,7 +56,7 @@ class Request:
 
     command: Sequence[str]
     kernel: str = "patched"
-    base: str = "v6.12"
+    base: str | None = None  # else v6.12 if patched, the kernel of the guest's own suite if stock
     suite: str = "trixie"
     share: Path | None = None
     packages: tuple[str, ...] = ()
@@ -105,12 +105,14 @@ def select_kernel(request: Request) -> Kernel:
     """Return the kernel that a request names, built or fetched if it is not cached."""
 
     def select() -> Kernel:
-        return stock(request.suite) if request.kernel == "stock" else patched(request.base)
+        if request.kernel == "stock":
+            return stock(request.suite, request.base)
+        return patched(request.base or BASE)
 
-    try:
-        return select()
-    except Renewed:
-        return select()
+    for _ in max(BASES.values(), key=len):  # each suite's lists may turn out to be old
+        with contextlib.suppress(Renewed):
+            return select()
+    return select()
 
 
 def has_kvm() -> bool:

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from vm.debian import Archive
+from vm.debian import SUITES, Archive, newest_archive
 from vm.host import (
     HarnessError,
     cache_dir,
@@ -21,10 +21,11 @@ from vm.host import (
 )
 from vm.kernel import Kernel
 
-HOST_PACKAGES = ("cpio", "kmod", "e2fsprogs", "dpkg")
+HOST_PACKAGES = ("cpio", "kmod", "e2fsprogs", "dpkg", "zstd")
+PACKAGE = "linux-image-amd64"
 
 # Loaded by the initial RAM disk, with what they depend on: all that the machine is made of, so that the
-# guest needs no coldplug.
+# guest needs no coldplug. Not every kernel has each as a module; new ones have crc32c built in.
 INITRD_MODULES = (
     "virtio_pci",
     "virtio_blk",
@@ -44,17 +45,18 @@ while read module; do
     /bin/busybox insmod "/modules/$module" || echo "cannot load $module"
 done < /modules/order
 /bin/busybox mount -t ext4 /dev/vda /root
+/bin/busybox mkdir -p /root/usr/lib/modules
 /bin/busybox mount -t ext4 -o ro /dev/vdc /root/usr/lib/modules
 /bin/busybox mount -o move /dev /root/dev
 exec /bin/busybox switch_root /root /usr/local/lib/cgpolicy-vm/init
 """
 
 
-def stock(suite: str) -> Kernel:
-    """Return Debian's newest kernel package of a suite, with an initial RAM disk of our own."""
-    archive = Archive(suite)
-    version, _ = archive.newest("linux-image-amd64")
-    path = cache_dir("kernels") / f"stock-{suite}-{content_hash(Path(__file__), version)}"
+def stock(suite: str, base: str | None = None) -> Kernel:
+    """Return Debian's newest kernel of a series, or else of a suite, with an initial RAM disk of our own."""
+    archive = newest_archive(PACKAGE, base) if base else Archive(suite)
+    version, _ = archive.newest(PACKAGE)
+    path = cache_dir("kernels") / f"stock-{archive.suite}-{content_hash(Path(__file__), version)}"
     if not path.exists():
         install_packages(HOST_PACKAGES)
         with locked(path.name):
@@ -64,26 +66,29 @@ def stock(suite: str) -> Kernel:
 
 
 def build_stock(path: Path, archive: Archive) -> None:
-    """Fetch the kernel package and arrange it for direct boot."""
+    """Fetch the kernel's packages and arrange them for direct boot."""
     log = path.with_name(f"{path.name}.log")
     progress(f"fetching Debian {archive.suite}'s own kernel (log: {log})")
-    packages = [name for name in archive.depends("linux-image-amd64") if name.startswith("linux-image-")]
-    if not packages:
-        raise HarnessError(f"linux-image-amd64 of Debian {archive.suite} depends on no kernel")
+    images = [name for name in archive.depends(PACKAGE) if name.startswith("linux-image-")]
+    if not images:
+        raise HarnessError(f"{PACKAGE} of Debian {archive.suite} depends on no kernel")
+    release = images[0].removeprefix("linux-image-")
+    # Since 7.x the image, its modules and what depmod(8) needs are packages of their own.
+    parts = [name for name in archive.depends(images[0]) if name.endswith(f"-{release}")]
     with scratch_dir("stock") as scratch:
-        root, complete = scratch / "root", scratch / "complete"
+        root, merged, complete = scratch / "root", scratch / "merged", scratch / "complete"
         complete.mkdir()
-        archive.unpack(packages[0], root)
-        archive.unpack("busybox-static", scratch / "busybox")
-        (vmlinuz,) = (root / "boot").glob("vmlinuz-*")
-        release = vmlinuz.name.removeprefix("vmlinuz-")
-        modules = next(path for path in (root / "usr/lib/modules", root / "lib/modules") if path.exists())
-        if modules.parent.parent == root:
-            (root / "usr/lib").mkdir(parents=True, exist_ok=True)
-            modules = modules.rename(root / "usr/lib/modules")
-        if not (root / "lib").exists():
-            (root / "lib").symlink_to("usr/lib")
-        run(["depmod", "--basedir", root, release], log=log)
+        for package in (images[0], *parts):
+            archive.unpack(package, root)
+        Archive(SUITES[0]).unpack("busybox-static", scratch / "busybox")  # backports have none
+        (vmlinuz,) = (path for path in root.rglob("vmlinuz*") if path.is_file())
+        shutil.copy(vmlinuz, complete / "vmlinuz")
+        # Packages and depmod(8) of different releases have modules below /lib or /usr/lib.
+        modules = merged / "usr/lib/modules"
+        modules.parent.mkdir(parents=True)
+        (merged / "lib").symlink_to("usr/lib")
+        next(path for path in (root / "usr/lib/modules", root / "lib/modules") if path.exists()).rename(modules)
+        run(["depmod", "--basedir", merged, release], log=log)
         make_initrd(complete / "initrd", modules / release, scratch, log)
         run(
             [
@@ -101,7 +106,6 @@ def build_stock(path: Path, archive: Archive) -> None:
             ],
             log=log,
         )
-        shutil.copy(vmlinuz, complete / "vmlinuz")
         complete.rename(path)
 
 
@@ -112,17 +116,26 @@ def make_initrd(path: Path, modules: Path, scratch: Path, log: Path) -> None:
         (tree / name).mkdir(parents=True)
     (busybox,) = (scratch / "busybox").glob("**/bin/busybox")
     shutil.copy(busybox, tree / "bin/busybox")
-    order = module_order(modules)
-    for module in order:
-        data = (modules / module).read_bytes()
-        if module.endswith(".xz"):
-            data = lzma.decompress(data)
-        (tree / "modules" / module_name(module)).write_bytes(data)
-    (tree / "modules/order").write_text("".join(f"{module_name(module)}\n" for module in order))
+    # Named .ko: busybox takes what has another suffix for compressed, and the kernel then complains.
+    order = {f"{module_name(file)}.ko": modules / file for file in module_order(modules)}
+    for name, file in order.items():
+        uncompress(file, tree / "modules" / name, log)
+    (tree / "modules/order").write_text("".join(f"{name}\n" for name in order))
     (tree / "init").write_text(INITRD_INIT)
     (tree / "init").chmod(0o755)
     names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
     run(["sh", "-c", 'cpio --quiet -o -H newc > "$0"', path], cwd=tree, stdin="\n".join(names), log=log)
+
+
+def uncompress(module: Path, target: Path, log: Path) -> None:
+    """Write a module as it is without the compression of its kernel's configuration (MODULE_COMPRESS)."""
+    match module.suffix:
+        case ".xz":
+            target.write_bytes(lzma.decompress(module.read_bytes()))
+        case ".zst":
+            run(["zstd", "--quiet", "--decompress", module, "-o", target], log=log)
+        case _:
+            shutil.copy(module, target)
 
 
 def module_name(path: str) -> str:

@@ -47,6 +47,7 @@ class Guest:
         self,
         *command: str,
         kernel: str = "patched",
+        base: str | None = None,
         suite: str = "trixie",
         packages: Sequence[str] = (),
         share: Path | None = None,
@@ -55,6 +56,8 @@ class Guest:
     ) -> Result:
         """Run a command as root in a guest; what it said is in the report of a test that fails."""
         options = ["--kernel", kernel, "--suite", suite, "--timeout", str(timeout), "--smp", str(smp)]
+        if base:
+            options += ["--base", base]
         if packages:
             options += ["--packages", ",".join(packages)]
         if share:
@@ -70,11 +73,13 @@ class Guest:
         print(f"$ {' '.join(command)}", done.stdout[-20000:], done.stderr[-20000:], sep="\n")
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def module(self, name: str, share: Path) -> list[dict[str, Any]]:
+    def module(
+        self, name: str, share: Path, *, kernel: str = "patched", base: str | None = None
+    ) -> list[dict[str, Any]]:
         """Run a Python module of tests/vm/guest/ from a shared directory; return the objects that it printed."""
         shutil.copytree(SCRIPTS, share / SCRIPTS.relative_to(TREE), dirs_exist_ok=True)
         enter = 'cd /mnt/share && exec python3 -m "$0"'
-        done = self.run("sh", "-c", enter, f"tests.vm.guest.{name}", share=share)
+        done = self.run("sh", "-c", enter, f"tests.vm.guest.{name}", kernel=kernel, base=base, share=share)
         assert done.status == 0
         return [json.loads(line) for line in done.stdout.splitlines()]
 

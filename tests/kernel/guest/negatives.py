@@ -130,4 +130,5 @@ def main() -> None:
         print(f"ok {make.__name__} {how}", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
