@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cgpolicy.error import UserError
+from tests import scale
 from vm.host import (
     TREE,
     cache_dir,
@@ -74,6 +76,7 @@ def run_suite(python: Path, suite: str, options: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests/run", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="run each long test in full (hours)")
     parser.add_argument("suite", nargs="?", choices=(*SUITES, "all"), default="all")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="for pytest, such as -k NAME")
     options = parser.parse_args(arguments)
@@ -86,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tests/run: {error}", file=sys.stderr)
         return 1
+    if options.full:
+        os.environ[scale.VARIABLE] = "1"
     suites = SUITES if options.suite == "all" else (options.suite,)
     failed = [suite for suite in suites if run_suite(python, suite, options.options) != 0]
     if failed:
