@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""late main|panic|innocent: what the backend tracefs does on a kernel without memory.failure_dirty_action.
+
+main      every path of a loss under continue, kill and panic; what is no loss; the daemon, its reactor and its probes
+          disturbed. The panic is a word written to a file in the place of /proc/sysrq-trigger.
+panic     the true one: PATH and INJECTION follow, and nothing comes back.
+innocent  a unit that dies and begins anew while pages of its earlier runs are lost: ROUNDS follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cgpolicy.kprobes import append
+from tests.kernel.guest import negatives
+from tests.kernel.guest.pagecache import (
+    HWPOISON,
+    PAGE,
+    WAIT_SECONDS,
+    Cgroup,
+    Process,
+    Target,
+    file_pfn,
+    has_flag,
+    keep_quiet,
+    overwrite,
+    poison,
+    target,
+)
+from tests.vm.guest.scene import SYSTEM, cgroup, main_pid, must, run, service, setting, shown, tell, wait_for, write
+
+TRACING = Path("/sys/kernel/tracing")
+INSTANCE = TRACING / "instances/cgpolicy"
+SYSRQ = Path("/proc/sysrq-trigger")
+POS = 5 * PAGE
+PATHS = (
+    ("ext4", "write"), ("ext4", "mmap"), ("vfat", "write"), ("bdev", "write"), ("xfs", "large"), ("ext4", "large")
+)  # fmt: skip
+LOSS_ID = "6935ae465d074405a4cc4710e737d4de"  # as cgpolicy.catalog has it
+
+
+class UnitCgroup(Cgroup):
+    """A unit's control group, which systemd has made."""
+
+    def __init__(self, unit: str, below: str = "") -> None:
+        self.path = cgroup(unit)
+        if below:
+            self.path /= below
+            self.path.mkdir(exist_ok=True)
+
+
+class Monitor:
+    """What the daemon says on the bus, as it comes."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(["cgpolicy", "--json", "monitor"], stdout=subprocess.PIPE)
+        assert self._process.stdout
+        self._fd = self._process.stdout.fileno()
+        self._rest = b""
+        self._said: list[dict[str, Any]] = []
+        # It listens as soon as it shows what is done meanwhile.
+        action = "continue"
+        while not self._fill(0.5):
+            action = "kill" if action == "continue" else "continue"
+            must("cgpolicy", "set", "--runtime", "marker", action)
+
+    def _fill(self, seconds: float) -> bool:
+        if not select.select([self._fd], [], [], seconds)[0]:
+            return False
+        *lines, self._rest = (self._rest + os.read(self._fd, 65536)).split(b"\n")
+        self._said += [json.loads(line) for line in lines]
+        return True
+
+    def losses(self, unit: str, pages: int = 1) -> list[dict[str, Any]]:
+        """Wait until so many pages of a unit were reported lost; return the reports and forget all before them."""
+        found: list[dict[str, Any]] = []
+        deadline = time.monotonic() + WAIT_SECONDS
+        while sum(loss["pages"] for loss in found) < pages:
+            for said in self._said:
+                if said["signal"] == "DirtyDataLost" and said["unit"] == unit:
+                    found.append(said)
+            self._said = []
+            if sum(loss["pages"] for loss in found) < pages and not self._fill(deadline - time.monotonic()):
+                raise SystemExit(f"{unit}: of {pages} lost pages only these were reported: {found}")
+        return found
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def hold(process: Process, path: Path, positions: range, how: str, size: int) -> None:
+    """Dirty pages of a file and keep them until told to end."""
+    kept = [overwrite(path, pos, how, size) for pos in positions]
+    process.tell(" ".join(str(file_pfn(fd, pos)) for (fd, _), pos in zip(kept, positions, strict=True)))
+    process.wait_for_order()
+
+
+def holder(unit: str, file: Target, how: str, *, below: str = "", pages: int = 1) -> tuple[Process, list[int]]:
+    """Put a process into a unit that dirties pages of a file; return it with the pages' frame numbers."""
+    positions = range(POS, POS + pages * PAGE, PAGE)
+    body = partial(hold, path=file.path, positions=positions, how=how, size=file.size)
+    process = Process(UnitCgroup(unit, below), body)
+    return process, [int(word) for word in process.hear().split()]
+
+
+def state(unit: str) -> list[str]:
+    said = must("systemctl", "show", "-p", "ActiveState", "-p", "Result", unit)
+    properties = dict(line.split("=", 1) for line in said.splitlines())
+    return [properties["ActiveState"], properties["Result"]]
+
+
+def record(unit: str) -> dict[str, str]:
+    """Return the last journal record of a loss of a unit."""
+    said = must("journalctl", "-o", "json", "-n", "1", f"MESSAGE_ID={LOSS_ID}", f"CGPOLICY_UNIT={unit}")
+    return {name: text for name, text in json.loads(said).items() if name.startswith("CGPOLICY") or name == "MESSAGE"}
+
+
+def prepare(*, fake_panic: bool) -> None:
+    """Have the injector, quiet, and the units; every one of them has a marker's company."""
+    for module in ("hwpoison-inject", "loop", "xfs", "vfat", "nls_ascii", "nls_cp437"):
+        run("modprobe", module)
+    keep_quiet()
+    if fake_panic:
+        fake = Path("/run/sysrq")
+        fake.touch()
+        must("mount", "--bind", str(fake), str(SYSRQ))
+        must("systemctl", "restart", "cgpolicyd")
+    for action in ("continue", "kill", "panic"):
+        service(f"{action}s", drop_in=setting(action))
+    service("bystander", drop_in=setting("kill"))
+    service("marker")
+    must("systemctl", "daemon-reload")
+    must("systemctl", "start", "continues", "kills", "panics", "bystander", "marker")
+    wait_for(lambda: shown("panics.service")["State"] == "applied")
+
+
+@contextlib.contextmanager
+def bystander(file: Target) -> Iterator[None]:
+    """Have another unit that is set to kill read the page that is lost, and see it live."""
+
+    def read(process: Process) -> None:
+        fd = os.open(file.path, os.O_RDONLY)
+        os.pread(fd, PAGE, POS)
+        process.tell("read")
+        process.wait_for_order()
+
+    process = Process(UnitCgroup("bystander.service"), read)
+    process.hear()
+    yield
+    if not process.alive() or state("bystander.service")[0] != "active":
+        raise SystemExit("the bystander is dead")
+    process.end()
+
+
+def lose(monitor: Monitor, kind: str, how: str, injection: str, action: str, below: str = "") -> None:
+    """Lose a page of the unit that has an action, and tell what became of it."""
+    unit = f"{action}s.service"
+    with target(kind) as file:
+        process, (pfn,) = holder(unit, file, how, below=below)
+        charged = UnitCgroup(unit, below).id
+        with bystander(file):
+            poison(pfn, injection)
+            (loss,) = monitor.losses(unit)
+            status = None
+            if action == "kill":
+                status = process.wait()
+                wait_for(lambda: state(unit)[0] == "failed")
+        after = state(unit)
+        tell(
+            step="loss", path=f"{kind} {how}", injection=injection, action=action, below=below, pfn=pfn,
+            device=[os.major(file.device), os.minor(file.device)], inode=os.stat(file.path).st_ino, charged=charged,
+            loss=loss, record=record(unit), status=status, after=after, shown=shown(unit), sysrq=SYSRQ.read_text(),
+        )  # fmt: skip
+        if action == "panic":
+            # Written at the offset that the reactor's descriptor has: what was there before becomes zeros.
+            os.truncate(SYSRQ, 0)
+        if action == "kill":
+            must("systemctl", "start", unit)
+            wait_for(lambda: shown(unit)["State"] == "applied")
+        else:
+            process.end()
+
+
+def no_losses(monitor: Monitor) -> None:
+    """Lose what is no dirty file data, with panic set; then what is, which is reported first and alone."""
+    makers = (
+        negatives.anonymous, negatives.shared_anonymous, negatives.tmpfs, negatives.memfd, negatives.hugetlbfs,
+        negatives.clean, negatives.written_back,
+    )  # fmt: skip
+    cases = [(make, "inject") for make in makers]
+    cases += [(make, "srao") for make in (negatives.anonymous, negatives.tmpfs, negatives.memfd, negatives.clean)]
+    cases.append((negatives.soft_offlined, "itself"))
+    for make, injection in cases:
+        process = Process(UnitCgroup("panics.service"), partial(negatives.body, make=make))
+        pfn = int(process.hear())
+        if injection != "itself":
+            poison(pfn, injection)
+        poisoned = has_flag(pfn, HWPOISON)
+        if make is negatives.hugetlbfs:
+            Path("/proc/sys/vm/nr_hugepages").write_text("0")
+        tell(step="no loss", what=make.__name__, injection=injection, poisoned=poisoned, sysrq=SYSRQ.read_text())
+    lose(monitor, "ext4", "write", "inject", "panic")
+    tell(step="no losses", counted=shown("panics.service")["FailureDirty"])
+
+
+def works(monitor: Monitor, step: str, **seen: object) -> None:
+    """Tell whether a loss still kills."""
+    with target("ext4") as file:
+        process, (pfn,) = holder("kills.service", file, "write")
+        poison(pfn, "inject")
+        (loss,) = monitor.losses("kills.service")
+        tell(step=step, status=process.wait(), reaction=loss["detail"]["Reaction"], **seen)
+    wait_for(lambda: state("kills.service")[0] == "failed")
+    must("systemctl", "start", "kills")
+    wait_for(lambda: shown("kills.service")["State"] == "applied")
+
+
+def probes() -> dict[str, object]:
+    """Return what there is of our probes."""
+    mine = [line for line in (TRACING / "kprobe_events").read_text().splitlines() if "cgpolicy/" in line]
+    return {"probes": mine, "instance": INSTANCE.exists(), "events": (TRACING / "events/cgpolicy").exists()}
+
+
+def reactor() -> int:
+    """Return the process id of the reactor, 0 if there is none."""
+    status, out, _ = run("pgrep", "-f", "[/]cgpolicy-reactor")
+    return int(out.split()[0]) if status == 0 else 0
+
+
+def kill_and_wait(pid: int) -> None:
+    """Kill the reactor or the daemon, and wait until both are new."""
+    old = {reactor(), main_pid("cgpolicyd")}
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: 0 not in (reactor(), main_pid("cgpolicyd")) and not {reactor(), main_pid("cgpolicyd")} & old)
+    wait_for(lambda: must("systemctl", "show", "-P", "ActiveState", "cgpolicyd").strip() == "active")
+    wait_for(lambda: shown("kills.service")["State"] == "applied")
+
+
+def disturb(monitor: Monitor) -> None:
+    works(monitor, "undisturbed", scheduling=os.sched_getscheduler(reactor()), locked=locked(reactor()))
+    kill_and_wait(reactor())
+    works(monitor, "reactor killed")
+    kill_and_wait(main_pid("cgpolicyd"))
+    works(monitor, "daemon killed")
+
+    other = TRACING / "instances/other"
+    other.mkdir()
+    append(TRACING / "kprobe_events", "p:other/dirty me_pagecache_dirty")
+    (other / "events/other/dirty/enable").write_text("1")
+    (other / "set_ftrace_filter").write_text("me_pagecache_dirty")
+    (other / "current_tracer").write_text("function")
+    works(monitor, "other tracer")
+    tell(step="other tracer's", lines=(other / "trace").read_text().count("dirty: (me_pagecache_dirty"))
+
+    (INSTANCE / "events/enable").write_text("0")
+    for line in probes()["probes"]:  # type: ignore[attr-defined]
+        append(TRACING / "kprobe_events", f"-:{line.split()[0].partition(':')[2]}")
+    wait_for(lambda: "meddled" in must("journalctl", "-o", "cat", "-t", "cgpolicyd"))
+    wait_for(lambda: bool(probes()["probes"]))
+    wait_for(lambda: "0" not in [path.read_text().strip() for path in INSTANCE.glob("events/cgpolicy/*/enable")])
+    works(monitor, "probes taken away")
+    journal = must("journalctl", "-o", "cat", "-t", "cgpolicyd").splitlines()
+    tell(step="said", journal=[line for line in journal if "meddled" in line])
+
+    must("systemctl", "stop", "cgpolicyd")
+    tell(step="stopped", **probes(), others=(TRACING / "kprobe_events").read_text().count("other/dirty"))
+    write(SYSTEM / "cgpolicyd.service.d/norestart.conf", "[Service]\nRestart=no\n")
+    must("systemctl", "daemon-reload")
+    must("systemctl", "start", "cgpolicyd")
+    tell(step="started", **probes())
+    must("systemctl", "kill", "--signal=KILL", "cgpolicyd")
+    wait_for(lambda: state("cgpolicyd")[0] == "failed")
+    tell(step="killed", **probes())
+
+
+def locked(pid: int) -> int:
+    """Return how much memory of a process is locked, in KiB."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmLck")]
+    return int(line.split()[1])
+
+
+def everything() -> None:
+    prepare(fake_panic=True)
+    tell(step="status", text=must("cgpolicy", "status"), kernel=os.uname().release)
+    monitor = Monitor()
+    for kind, how in PATHS:
+        for injection in ("inject", "srao"):
+            for action in ("continue", "kill", "panic"):
+                lose(monitor, kind, how, injection, action)
+    lose(monitor, "ext4", "write", "inject", "kill", below="payload")
+    no_losses(monitor)
+    monitor.close()
+    disturb(Monitor())
+
+
+def panic(kind: str, how: str, injection: str) -> None:
+    """Lose a page of the unit that is set to panic; not to return is success."""
+    prepare(fake_panic=False)
+    with target(kind) as file:
+        _, (pfn,) = holder("panics.service", file, how)
+        poison(pfn, injection)
+        wait_for(lambda: False)
+
+
+def innocent(rounds: int) -> None:
+    """Lose pages of a unit one after the other while it dies of the first and begins anew.
+
+    In every other round systemd itself starts it again. At the end of a round, when all losses were reported, the
+    run that began during the storm must be alive.
+    """
+    prepare(fake_panic=False)
+    monitor = Monitor()
+    write(SYSTEM / "kills.service.d/limit.conf", "[Unit]\nStartLimitIntervalSec=0\n")
+    pages, reactions = 30, dict[str, int]()
+    for number in range(rounds):
+        restart = "[Service]\nRestart=always\nRestartSec=0\n" if number % 2 else ""
+        write(SYSTEM / "kills.service.d/restart.conf", restart)
+        must("systemctl", "daemon-reload")
+        wait_for(lambda: shown("kills.service")["State"] == "applied")
+        before = main_pid("kills")
+        with target("ext4") as file:
+            process, frames = holder("kills.service", file, "write", pages=pages)
+            storm = Process(None, partial(inject, frames=frames))
+            process.wait()
+            if not restart:
+                wait_for(lambda: state("kills.service")[0] == "failed")
+                must("systemctl", "start", "kills")
+            wait_for(lambda before=before: main_pid("kills") not in (0, before))  # type: ignore[misc]
+            after = main_pid("kills")
+            storm.wait()
+            for loss in monitor.losses("kills.service", pages):
+                reaction = loss["detail"]["Reaction"]
+                reactions[reaction] = reactions.get(reaction, 0) + loss["pages"]
+            same = main_pid("kills") == after and state("kills.service")[0] == "active"
+        tell(step="round", number=number, restart=bool(restart), died=process.pid != 0, same=same)
+    tell(step="innocent", rounds=rounds, reactions=reactions)
+
+
+def inject(process: Process, frames: list[int]) -> None:
+    for pfn in frames:
+        poison(pfn, "inject")
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["main"]:
+            everything()
+        case ["panic", kind, how, injection]:
+            panic(kind, how, injection)
+        case ["innocent", rounds]:
+            innocent(int(rounds))
+        case _:
+            raise SystemExit(__doc__)

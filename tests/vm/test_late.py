@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The backend tracefs on Debian's own kernels: what userspace can do there, seen in the guest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vm.conftest import Guest, Result
+from vm.host import TREE
+
+PACKAGES = ("e2fsprogs", "xfsprogs", "dosfstools")
+RELEASES = {"v6.1": "6.1.", "v6.12": "6.12.", "v7": "7."}
+KILLED = 9
+PANIC = 99
+
+# P3 there: the data is given up without an error for anybody (see docs/comparison.md); P1 elsewhere.
+LARGE = {"v6.1": [], "v6.12": ["xfs large"], "v7": ["xfs large", "ext4 large"]}
+
+
+def late(guest: Guest, base: str, share: Path, *words: str) -> Result:
+    for package in ("tests/vm/guest", "tests/kernel/guest"):
+        shutil.copytree(TREE / package, share / package, dirs_exist_ok=True)
+    shell = 'cd /mnt/share && exec python3 -m tests.vm.guest.late "$@"'
+    return guest.run(
+        "sh", "-c", shell, "sh", *words, kernel="stock", base=base, packages=PACKAGES, share=share, timeout=1200
+    )
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def base(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def told(guest: Guest, base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What the guest told, by step."""
+    done = late(guest, base, tmp_path_factory.mktemp(base), "main")
+    assert done.status == 0
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in done.stdout.splitlines():
+        said = json.loads(line)
+        found.setdefault(said.pop("step"), []).append(said)
+    return found
+
+
+Told = dict[str, list[dict[str, Any]]]
+
+
+def test_status_says_in_one_line_what_this_kernel_can_do(told: Told, base: str) -> None:
+    (status,) = told["status"]
+    assert status["kernel"].startswith(RELEASES[base])
+    first, *rest = status["text"].splitlines()
+    assert first == (
+        "Enforcement: late (backend tracefs): this kernel lacks memory.failure_dirty_action; kill and panic come a few"
+        " milliseconds after the data is gone, stale reads can get out meanwhile; watches P1 P2 P3 P4 P5"
+    )
+    (row,) = [line for line in rest if "panics.service" in line]
+    assert row.split()[1:] == ["panic", "/etc/systemd/system/panics.service.d/50-policy.conf:2", "applied"]
+
+
+def test_every_action_on_every_path(told: Told) -> None:
+    """Each loss is its unit's, with the page that it was; the unit does what it is set to, and no other does."""
+    cases = told["loss"]
+    # 6 paths, 2 injections, 3 actions; a cgroup below the unit's; what ends the negatives.
+    assert len(cases) == 6 * 2 * 3 + 2
+    for case in cases:
+        loss, record, action = case["loss"], case["record"], case["action"]
+        where = f"{case['path']} {case['injection']} {action}"
+        assert (loss["pages"], loss["action"]) == (1, action), where
+        assert loss["cgroup_id"] == case["charged"], where
+        assert loss["detail"]["Device"] == case["device"], where
+        assert loss["detail"]["Inode"] == case["inode"], where
+        assert loss["detail"]["Positions"] == [5 * 4096], where
+        assert loss["detail"]["PageFrames"] == [case["pfn"]], where
+        assert loss["detail"]["Enforcement"] == record["CGPOLICY_ENFORCEMENT"] == "late", where
+        assert record["CGPOLICY_BACKEND"] == "tracefs", where
+        assert record["CGPOLICY_OFFSET"] == str(5 * 4096), where
+        if action == "kill":
+            assert loss["detail"]["Reaction"] == "killed", where
+            assert (case["status"], case["after"]) == (KILLED, ["failed", "signal"]), where
+        else:
+            assert case["after"] == ["active", "success"], where
+        assert case["sysrq"].strip("\0") == ("c" if action == "panic" else ""), where
+
+
+def test_losses_are_counted(told: Told) -> None:
+    counted = [
+        (case["shown"]["FailureDirty"], case["shown"]["FailureDirtyKill"])
+        for case in told["loss"]
+        if case["action"] == "continue"
+    ]
+    assert counted == [(number, 0) for number in range(1, len(counted) + 1)]
+
+
+def test_what_is_no_loss_causes_nothing(told: Told) -> None:
+    kinds = {case["what"] for case in told["no loss"]}
+    assert kinds == {
+        "anonymous", "shared_anonymous", "tmpfs", "memfd", "hugetlbfs", "clean", "written_back", "soft_offlined"
+    }  # fmt: skip
+    assert all(case["poisoned"] for case in told["no loss"])
+    assert [case["sysrq"].strip("\0") for case in told["no loss"]] == [""] * len(told["no loss"])
+    # Of panics.service: those of the matrix, and the one after these.
+    panics = sum(case["action"] == "panic" for case in told["loss"])
+    assert told["no losses"] == [{"counted": panics}]
+
+
+@pytest.mark.parametrize(
+    "step", ["undisturbed", "reactor killed", "daemon killed", "other tracer", "probes taken away"]
+)
+def test_it_recovers(told: Told, step: str) -> None:
+    (seen,) = told[step]
+    assert (seen["status"], seen["reaction"]) == (KILLED, "killed")
+
+
+def test_the_reactor_is_quick(told: Told) -> None:
+    (seen,) = told["undisturbed"]
+    fifo, reset_on_fork = 1, 0x40000000
+    assert seen["scheduling"] == fifo | reset_on_fork
+    assert seen["locked"] > 5000  # KiB
+
+
+def test_another_tracer_is_left_alone_and_leaves_us_alone(told: Told) -> None:
+    assert told["other tracer's"] == [{"lines": 1}]
+    assert told["stopped"][0]["others"] == 1
+
+
+def test_whoever_takes_the_probes_away_is_reported(told: Told) -> None:
+    (said,) = told["said"]
+    assert said["journal"]
+
+
+def test_no_probe_is_left_behind(told: Told) -> None:
+    none = {"probes": [], "instance": False, "events": False}
+    assert {name: told["stopped"][0][name] for name in none} == none
+    assert told["started"][0]["probes"]
+    assert told["killed"] == [none]
+
+
+@pytest.mark.parametrize(
+    ("where", "path", "injection"),
+    [("v6.1", "vfat write", "srao"), ("v6.12", "xfs large", "srao"), ("v7", "ext4 write", "inject")],
+)
+def test_panic(guest: Guest, tmp_path: Path, where: str, path: str, injection: str) -> None:
+    done = late(guest, where, tmp_path, "panic", *path.split(), injection)
+    assert done.status == PANIC
+    assert "cgpolicyd: 0x" in done.stderr
+    assert "dirty page cache lost: dev " in done.stderr
+    assert "Kernel panic - not syncing: sysrq triggered crash" in done.stderr
+
+
+@pytest.mark.parametrize(("where", "rounds"), [("v6.1", 6), ("v6.12", 50), ("v7", 6)])
+def test_no_innocent_run_is_killed(guest: Guest, tmp_path: Path, where: str, rounds: int) -> None:
+    done = late(guest, where, tmp_path, "innocent", str(rounds))
+    assert done.status == 0
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [case["same"] for case in said if case["step"] == "round"] == [True] * rounds
+    (end,) = [case for case in said if case["step"] == "innocent"]
+    assert sum(end["reactions"].values()) == 30 * rounds
+    assert end["reactions"]["killed"] >= rounds
