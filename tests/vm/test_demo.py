@@ -47,8 +47,11 @@ def test_changed_drop_in(tmp_path: Path) -> None:
 
 
 def test_stock_kernel() -> None:
-    """A kernel without the series cannot do it, and the demonstration says so for each action."""
+    """A kernel without the series is late at best, and the demonstration says for each unit what broke."""
     done = demo("--kernel", "stock")
     assert done.returncode == 1
-    assert "expected memory.failure_dirty_action to be kill, this kernel has no such file" in done.stderr
-    assert "ledger.service: expected the kernel to panic" in done.stderr
+    for unit, action in (("shipper", "continue"), ("database", "kill"), ("ledger", "panic")):
+        missing = f"{unit}.service: expected memory.failure_dirty_action to be {action}, this kernel has no such file"
+        assert missing in done.stderr
+        assert f"{unit}.service: expected the kernel to say which data was lost" in done.stderr
+    assert "ledger.service: expected 'Kernel panic - not syncing: Memory failure: " in done.stderr

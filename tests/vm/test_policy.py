@@ -28,6 +28,7 @@ INTERFACE = {
     (".UnsetUnitPolicy", "method", "sbt", "-"),
     (".Backend", "property", "s", '"kernel"'),
     (".Enforcement", "property", "s", '"synchronous"'),
+    (".EnforcementDetail", "property", "s", '""'),
     (".NFailed", "property", "u", "0"),
     (".NUnits", "property", "u", "0"),
     (".Version", "property", "s", '"0.1"'),
@@ -244,13 +245,14 @@ def test_loss(loss: Steps, action: str, result: str) -> None:
 
 
 def test_stock_kernel(guest: Guest) -> None:
-    """Nothing is enforced there, and everything says so: the setting stands, the state and the first line tell."""
+    """It can only be late there, and everything says so: the first line, what set says, and the doctor."""
     done = guest.run("sh", "-c", "cgpolicy set cgpolicyd kill; cgpolicy status; exec cgpolicy doctor", kernel="stock")
     assert done.status == 1
     said, first, *rest = done.stdout.splitlines()
-    assert said.startswith("cgpolicyd.service: continue (wants kill); ")
-    assert said.endswith("; not-enforced; enforcement none")
-    assert first.startswith("Enforcement: none (backend none): policies are resolved and shown, NOT enforced;")
-    (row,) = [line for line in rest if "cgpolicyd.service" in line]
-    assert row.endswith("not-enforced")
+    assert said.startswith("cgpolicyd.service: kill; ")
+    assert said.endswith("; applied; enforcement late")
+    assert first.startswith("Enforcement: late (backend tracefs): this kernel lacks memory.failure_dirty_action;")
+    assert "stale reads can get out meanwhile" in first
+    (row,) = [line for line in rest if "cgpolicyd.service" in line and "50-cgpolicy.conf" in line]
+    assert row.endswith("applied")
     assert "problem memory.failure_dirty_action: no cgroup has it" in rest
