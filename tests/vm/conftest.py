@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from tests.suites import IDLE
 from vm.host import TREE
 
 SCRIPTS = Path(__file__).parent / "guest"
@@ -38,6 +39,10 @@ class Result:
     status: int
     stdout: str
     stderr: str
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"{IDLE}: is about time, and needs the machine for itself")
 
 
 class Guest:

@@ -169,12 +169,14 @@ def test_sandbox(policy: Steps) -> None:
 # Started --------------------------------------------------------------------------------------
 
 
+@pytest.mark.idle
 def test_before_the_first_instruction(starts: Steps) -> None:
     """What the main process reads with its first system call, in 50 starts one after another on an idle guest."""
     assert starts["unset"]["reads"] == ["continue"] * 2
     assert starts["inotify"]["reads"] == ["kill"] * 50
 
 
+@pytest.mark.idle
 def test_apply_without_daemon(starts: Steps) -> None:
     """ExecStartPre=+cgpolicy apply %n needs no daemon, and the start fails where the value cannot be set."""
     assert starts["no daemon"]["reads"] == ["continue"] * 2
