@@ -48,15 +48,16 @@ def parser() -> Parser:
     parser = Parser(prog="vm/run", description=__doc__, epilog=EPILOG)
     parser.add_argument(
         "--kernel",
-        choices=("patched", "stock"),
+        choices=("patched", "unpatched", "stock"),
         default="patched",
-        help="Debian's source with the series, or Debian's package",
+        help="Debian's source with the series, the same without it, or Debian's package",
     )
     parser.add_argument(
         "--base",
         choices=tuple(BASES),
-        help=f"series of kernels; else {BASE} if patched, that of the guest's release if stock",
+        help=f"series of kernels; else {BASE}, or that of the guest's release if stock",
     )
+    parser.add_argument("--debug", action="store_true", help="a kernel that checks itself (lockdep, KASAN); not stock")
     parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="Debian release of the guest")
     parser.add_argument("--share", type=Path, metavar="DIR", help="read-only at /mnt/share")
     parser.add_argument("--packages", metavar="A,B", default="", help="more Debian packages in the guest")
@@ -68,6 +69,8 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if options.debug and options.kernel == "stock":
+        parser().error("--debug is for kernels that are built here")
     if options.share and not options.share.is_dir():
         print(f"vm/run: --share {options.share}: no such directory", file=sys.stderr)
         return EXIT_HARNESS
@@ -75,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command=options.command,
         kernel=options.kernel,
         base=options.base,
+        debug=options.debug,
         suite=options.suite,
         share=options.share,
         packages=tuple(name for name in options.packages.split(",") if name),

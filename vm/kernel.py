@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vm.debian import Archive
+from vm.debian import Archive, newest_archive
 from vm.host import (
     TREE,
     HarnessError,
@@ -25,9 +25,11 @@ from vm.host import (
 
 HOST_PACKAGES = ("bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "lz4", "make", "patch", "xz-utils")
 BASE = "v6.12"
-SUITE = "trixie"  # whatever the guest is: one kernel serves every suite
-SOURCE_PACKAGES = {"v6.12": "linux-source-6.12"}
-FRAGMENT = Path(__file__).parent / "kernel.config"
+SOURCE = "linux-source"  # depends on the package with the source, which is named after the series
+HERE = Path(__file__).parent
+
+# What a patch does to these files does not get into the image: no reason to build another one.
+NOT_BUILT = re.compile(r"diff --git a/(Documentation/|tools/|MAINTAINERS)")
 
 # Nothing of this host or hour goes into the image.
 ENVIRONMENT = {
@@ -52,54 +54,115 @@ class Kernel:
     modules: Path | None = None
 
 
-def patched(base: str) -> Kernel:
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The newest kernel source of a series that Debian offers."""
+
+    archive: Archive
+    package: str
+    version: str
+
+
+def newest_source(base: str) -> Source:
+    """Return the newest source of a series; raise HarnessError, saying what there is instead, if there is none."""
+    archive = newest_archive(SOURCE, base)
+    (package,) = archive.depends(SOURCE)
+    version, _ = archive.newest(package)
+    return Source(archive, package, version)
+
+
+def unpack_source(source: Source, scratch: Path, tree: Path, log: Path, exclude: Sequence[str] = ()) -> None:
+    """Unpack a kernel source into a new directory, without the files that match patterns."""
+    source.archive.unpack(source.package, scratch)
+    (tarball,) = (scratch / "usr/src").glob("linux-source-*.tar.xz")
+    tree.mkdir()
+    patterns = [f"--exclude={tarball.name.removesuffix('.tar.xz')}/{pattern}" for pattern in exclude]
+    run(["tar", "--extract", f"--file={tarball}", f"--directory={tree}", "--strip-components=1", *patterns], log=log)
+    shutil.rmtree(scratch)
+
+
+def made_against(base: str) -> str:
+    """Return the version of Debian's source that a series was made against: its cover letter's last line."""
+    letter = TREE / "kernel-patch" / base / "0000-cover-letter.txt"
+    match = re.search(r"^base: linux-source-\S+ (\S+)$", letter.read_text(), re.MULTILINE)
+    if not match:
+        raise HarnessError(f"{letter.relative_to(TREE)} does not say what the series was made against")
+    return match[1]
+
+
+def fragments(base: str, *, debug: bool = False) -> str:
+    """Return what the guest's kernel has, in the syntax of a configuration."""
+    names = ("kernel.config", f"kernel-{base}.config", *(("kernel-debug.config",) if debug else ()))
+    if not (HERE / names[1]).exists():
+        raise HarnessError(f"no kernel of {base} is built here", hint="Debian's own one is --kernel stock")
+    return "".join((HERE / name).read_text() for name in names)
+
+
+def built_part(patch: Path) -> str:
+    """Return those changes of a patch that can make a difference to the image."""
+    _, *files = re.split(r"^(?=diff --git )", patch.read_text(), flags=re.MULTILINE)
+    return "".join(file for file in files if not NOT_BUILT.match(file))
+
+
+def patched(base: str, *, debug: bool = False) -> Kernel:
     """Return Debian's kernel source with kernel-patch/<base> applied, built if it is not cached."""
-    series = TREE / "kernel-patch" / base
-    patches = sorted(series.glob("*.patch"))
-    if base not in SOURCE_PACKAGES or not patches:
+    patches = sorted((TREE / "kernel-patch" / base).glob("*.patch"))
+    if not patches:
         raise HarnessError(
             f"there is no series for {base}",
-            hint=f"{series.relative_to(TREE)} holds no patch; Debian's own kernel is --kernel stock",
+            hint=f"kernel-patch/{base} holds no patch; Debian's own kernel is --kernel stock",
         )
-    archive = Archive(SUITE)
-    version, _ = archive.newest(SOURCE_PACKAGES[base])
+    return built(base, patches, debug=debug)
+
+
+def unpatched(base: str, *, debug: bool = False) -> Kernel:
+    """Return the same kernel as patched() without the series, to be compared with it."""
+    return built(base, (), debug=debug)
+
+
+def built(base: str, patches: Sequence[Path], *, debug: bool) -> Kernel:
+    """Return a kernel of Debian's newest source of a series, built if it is not cached."""
+    source = newest_source(base)
+    config = fragments(base, debug=debug)
     recipe = repr((sorted(ENVIRONMENT.items()), CONFIGURE, BUILD))
-    key = content_hash(recipe, FRAGMENT, version, *patches)
-    path = cache_dir("kernels") / f"patched-{base}-{key}"
+    key = content_hash(recipe, config, source.package, source.version, *map(built_part, patches))
+    name = "-".join(["patched" if patches else "unpatched", base, *(["debug"] if debug else []), key])
+    path = cache_dir("kernels") / name
     if not path.exists():
         install_packages(HOST_PACKAGES)
-        with locked(path.name):
+        with locked(name):
             if not path.exists():
-                build_patched(path, archive, SOURCE_PACKAGES[base], patches)
+                build(path, source, config, patches)
     return Kernel(path / "bzImage")
 
 
-def build_patched(path: Path, archive: Archive, package: str, patches: Sequence[Path]) -> None:
-    """Unpack, patch, configure and build; only the image, its configuration and System.map are kept."""
+def build(path: Path, source: Source, config: str, patches: Sequence[Path]) -> None:
+    """Unpack, patch, configure and build; only the image, its configuration and System.map are kept.
+
+    Debian's releases come faster than ours: a patch may find its lines elsewhere in the file, but not with other
+    lines around them. patch(1) would guess then, and has put a field into another structure that way.
+    """
     log = path.with_name(f"{path.name}.log")
-    progress(f"building {package} with {len(patches)} patches (7 minutes on two cores; log: {log})")
+    what = f"{source.package} {source.version}"
+    progress(f"building {what} with {len(patches)} patches (8 minutes on two idle cores; log: {log})")
+    if patches and source.version != (made := made_against(patches[0].parent.name)):
+        progress(f"the series was made against {made}; trying it with {source.version}")
     with scratch_dir("kernel") as scratch:
-        source, complete = scratch / "source", scratch / "complete"
+        tree, complete, wanted = scratch / "source", scratch / "complete", scratch / "wanted"
         complete.mkdir()
-        source.mkdir()
-        archive.unpack(package, scratch / "package")
-        (tarball,) = (scratch / "package/usr/src").glob("linux-source-*.tar.xz")
-        run(
-            ["tar", "--extract", f"--file={tarball}", f"--directory={source}", "--strip-components=1"],
-            log=log,
-        )
+        unpack_source(source, scratch / "package", tree, log)
         for patch in patches:
             run(
-                ["patch", "-p1", "--forward", "--batch", "-d", source, "-i", patch],
+                ["patch", "-p1", "--fuzz=0", "--forward", "--batch", "-d", tree, "-i", patch],
                 log=log,
-                hint=f"{patch.name} does not apply to {package}; see {log}",
+                hint=f"{patch.name} does not apply to {what}: kernel-patch/README.md, 'Point releases'; see {log}",
             )
-
-        run(CONFIGURE, cwd=source, log=log, env={**ENVIRONMENT, "KCONFIG_ALLCONFIG": str(FRAGMENT)})
-        check_config(source / ".config", FRAGMENT)
-        run([*BUILD, f"-j{os.cpu_count()}"], cwd=source, log=log, env=ENVIRONMENT)
+        wanted.write_text(config)
+        run(CONFIGURE, cwd=tree, log=log, env={**ENVIRONMENT, "KCONFIG_ALLCONFIG": str(wanted)})
+        check_config(tree / ".config", wanted)
+        run([*BUILD, f"-j{os.cpu_count()}"], cwd=tree, log=log, env=ENVIRONMENT)
         for name in ("arch/x86/boot/bzImage", "System.map", ".config"):
-            shutil.copy(source / name, complete / Path(name).name.replace(".config", "config"))
+            shutil.copy(tree / name, complete / Path(name).name.replace(".config", "config"))
         complete.rename(path)
 
 
@@ -112,7 +175,7 @@ def check_config(config: Path, fragment: Path) -> None:
         if values.get(symbol, "n") != wanted
     ]
     if ignored:
-        raise HarnessError(f"Kconfig did not honour {', '.join(ignored)}", hint=f"see {fragment.relative_to(TREE)}")
+        raise HarnessError(f"Kconfig did not honour {', '.join(ignored)}", hint="see vm/kernel*.config")
 
 
 def config_values(path: Path) -> dict[str, str]:
