@@ -523,7 +523,7 @@ class LossProbes:
             self._suspect = None
             assert self._layout is not None
             return event.loss(self._layout)
-        except (Unattributed, KeyError):
+        except (Unattributed, KeyError, ValueError):
             self.unattributed += 1
             return None
 
