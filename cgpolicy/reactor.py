@@ -20,6 +20,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -355,7 +356,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("channel", type=int, nargs="?", help="descriptor of the socket to cgpolicyd")
     options = parser.parse_args(arguments)
     if options.disarm:
-        disarm_leftovers(options.root / "sys/kernel/tracing")
+        try:
+            disarm_leftovers(options.root / "sys/kernel/tracing")
+        except UserError as error:
+            print(f"cgpolicy-reactor: {error}", file=sys.stderr)
+            return 1
         return 0
     if options.channel is None:
         parser.error("cgpolicyd starts this program; by hand only --disarm is of use")
