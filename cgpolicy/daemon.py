@@ -31,7 +31,7 @@ from cgpolicy.cgroupfs import (
 )
 from cgpolicy.client import NAME
 from cgpolicy.enforcement import Enforcement
-from cgpolicy.enforcer import Armed, Ended, Enforcer, Fault, Unarmed
+from cgpolicy.enforcer import Armed, Ended, Enforcer, Fault, Missed, Unarmed
 from cgpolicy.error import UserError
 from cgpolicy.losses import FileLoss, LossReader, by_file
 from cgpolicy.machined import MachineWatch
@@ -280,6 +280,8 @@ class Daemon:
                         self.unarmed(reason)
                     case Fault(text):
                         journal.log_warning(f"somebody has meddled with the probes: {text}; placing them anew")
+                    case Missed(events):
+                        journal.log_warning(f"{events} events were lost: policies may not have been enforced")
                     case FileLoss():
                         self.report(said)
         except Ended as error:

@@ -52,6 +52,13 @@ class Fault:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Events of which nothing is known: losses may be among them that nobody has reacted to."""
+
+    events: int
+
+
 class Ended(UserError):
     """The reactor is no more."""
 
@@ -103,7 +110,7 @@ class Enforcer:
         except OSError as error:
             raise Ended(f"the reactor takes no message: {error}") from None
 
-    def read(self) -> Iterator[FileLoss | Armed | Unarmed | Fault]:
+    def read(self) -> Iterator[FileLoss | Armed | Unarmed | Fault | Missed]:
         """Yield what the reactor has said, without waiting; raise Ended at its end."""
         assert self._channel is not None
         while True:
@@ -134,7 +141,7 @@ def isolated() -> list[str]:
     return ["-I"] if sys.flags.isolated else []
 
 
-def message(data: bytes) -> FileLoss | Armed | Unarmed | Fault:
+def message(data: bytes) -> FileLoss | Armed | Unarmed | Fault | Missed:
     """Return what the reactor said; raise Ended for nothing, which is its end."""
     if not data:
         raise Ended("the reactor has ended", hint="see journalctl -u cgpolicyd")
@@ -147,4 +154,6 @@ def message(data: bytes) -> FileLoss | Armed | Unarmed | Fault:
         return Armed(tuple(said["armed"]), tuple(said["refused"]), said["panic"])
     if "fault" in said:
         return Fault(said["fault"])
+    if "missed" in said:
+        return Missed(said["missed"])
     return Unarmed(f"{said['failed']} ({said['hint']})" if said["hint"] else said["failed"])

@@ -56,11 +56,15 @@ def record_loss(
     """Record pages of one file that a unit lost together; offsets are bytes."""
     device = f"{loss.device[0]}:{loss.device[1]}"
     whose = unit or cgroup or f"cgroup {loss.cgroup_id}, which is gone"
-    what = "page" if loss.pages == 1 else f"{loss.pages} pages, the first"
+    known = bool(loss.positions)
+    what = f"{loss.pages} pages of several files"
+    if known:
+        what = "page" if loss.pages == 1 else f"{loss.pages} pages, the first"
+        what += f" at device {device} inode {loss.inode} offset {loss.positions[0]}"
     reaction = f": {loss.reaction}" if loss.reaction else ""
     send(
         ERROR,
-        f"{whose}: dirty page cache lost: {what} at device {device} inode {loss.inode} offset {loss.positions[0]};"
+        f"{whose}: dirty page cache lost: {what};"
         f" action {loss.action} ({enforcement}){reaction}",
         MESSAGE_ID=LOSS_ID,
         OBJECT_SYSTEMD_UNIT=unit,  # what journalctl -u looks for in records of root's
@@ -70,9 +74,9 @@ def record_loss(
         CGPOLICY_REACTION=loss.reaction,
         CGPOLICY_CGROUP=cgroup,
         CGPOLICY_CGROUP_ID=loss.cgroup_id,
-        CGPOLICY_DEVICE=device,
-        CGPOLICY_INODE=loss.inode,
-        CGPOLICY_OFFSET=loss.positions[0],
+        CGPOLICY_DEVICE=device if known else "",
+        CGPOLICY_INODE=loss.inode if known else "",
+        CGPOLICY_OFFSET=loss.positions[0] if known else "",
         CGPOLICY_PFN=f"{loss.pfns[0]:#x}",
         CGPOLICY_PAGES=loss.pages,
         CGPOLICY_BACKEND=backend,

@@ -523,7 +523,7 @@ class LossProbes:
             self._suspect = None
             assert self._layout is not None
             return event.loss(self._layout)
-        except (Unattributed, KeyError):
+        except (Unattributed, KeyError, ValueError):
             self.unattributed += 1
             return None
 
@@ -581,6 +581,8 @@ def disarm_leftovers(tracefs: Path = TRACING, instance: str = INSTANCE) -> None:
         if error.errno == errno.EBUSY:
             hint = "does another process read its trace?"
             raise NotSupported(f"{path} is in use", hint=hint) from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise NotSupported(f"{tracefs} is not accessible", hint="run as root") from None
     remove_probes(tracefs, instance)
 
 

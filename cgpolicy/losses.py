@@ -47,6 +47,7 @@ class Loss:
 class FileLoss:
     """Pages of one file that a cgroup lost together: positions (bytes) and page frames of the first of them.
 
+    In a storm of which the reporter could not keep all, pages of several files: device, inode and position unknown.
     lineage holds the ids of the charged cgroup and of those above it, as far as the reporter knows them, the
     charged one last. reaction is "" where the kernel itself acted.
     """

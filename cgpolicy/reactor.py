@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import enum
+import errno
 import gc
 import json
 import os
@@ -33,7 +34,14 @@ from cgpolicy.kprobes import LateLoss, LossProbes, disarm_leftovers
 from cgpolicy.losses import POSITIONS_MAX, FileLoss
 
 MESSAGE_MAX = 65536
-CHECK_SECONDS = 10  # between two looks at whether the probes are still there
+CHECK_SECONDS = 10.0  # between two looks at whether the probes are still there
+POLICIES_MAX = 32  # taken from the daemon at once: a loss does not wait until it has told all of a large host's
+
+# Files told of one by one, of those that the daemon has not been told of yet, and cgroups beyond them. There are more
+# in a storm only, while the daemon does not listen: this process must not grow then.
+FILES_MAX = 1024
+CGROUPS_MAX = 1024
+
 PRIORITY = 10  # of SCHED_FIFO, 1 to 99 (sched(7))
 MCL_CURRENT, MCL_FUTURE = 1, 2  # mlockall(2)
 
@@ -55,11 +63,12 @@ class Reaction(enum.StrEnum):
 
 @dataclass(slots=True)
 class Target:
-    """A cgroup with a policy; kill is a descriptor of its cgroup.kill, -1 if it is not to be killed or gone."""
+    """A cgroup with a policy; kill is a descriptor of its cgroup.kill, -1 if it is not to be killed or has none."""
 
     cgroup: str
     action: Action
     kill: int = -1
+    gone: bool = False
     killed_ns: int = 0  # when it was last killed, CLOCK_MONOTONIC
 
     def close(self) -> None:
@@ -91,12 +100,11 @@ class Reactor:
             return
         target = self._targets[cgroup_id] = Target(cgroup, action)
         if action is Action.KILL:
-            descriptor = open_for_writing(self._tree.path(cgroup) / "cgroup.kill")
+            target.kill = open_for_writing(self._tree.path(cgroup) / "cgroup.kill")
             # The path may have been made anew since; the id is then another.
-            if descriptor >= 0 and self._tree.cgroup_id(cgroup) == cgroup_id:
-                target.kill = descriptor
-            elif descriptor >= 0:
-                os.close(descriptor)
+            if self._tree.cgroup_id(cgroup) != cgroup_id:
+                target.close()
+                target.gone = True
 
     def react(self, loss: LateLoss) -> tuple[Action, str, bool]:
         """Do what the policies say; return the effective action, what came of it, and whether a kill was sent.
@@ -115,15 +123,18 @@ class Reactor:
     def _kill(self, target: Target, loss: LateLoss) -> tuple[str, bool]:
         if loss.time_ns <= target.killed_ns:
             return Reaction.KILLED, False
-        if target.kill < 0:
+        if target.gone:
             return Reaction.GONE, False
         if self._is_stale(target, loss):
             return Reaction.STALE, False
         now = time.monotonic_ns()
         try:
             os.write(target.kill, b"1")
-        except OSError:  # ENODEV: removed
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                return Reaction.FAILED, False
             target.close()
+            target.gone = True
             return Reaction.GONE, False
         target.killed_ns = now
         return Reaction.KILLED, True
@@ -135,7 +146,10 @@ class Reactor:
             began = os.lstat(self._root / INVOCATION_LINK.format(unit=unit)).st_mtime_ns
         except OSError:
             return False  # not a unit of systemd's own, or one without invocations
-        return loss.time_ns + time.time_ns() - time.monotonic_ns() < began + TICK_NS
+        now = time.time_ns()
+        if began > now:
+            return False  # the clock was set back since: the link's time says nothing
+        return loss.time_ns + now - time.monotonic_ns() < began + TICK_NS
 
     def _panic(self, loss: LateLoss) -> None:
         text = (
@@ -156,43 +170,56 @@ def open_for_writing(path: Path) -> int:
         return -1
 
 
+Key = tuple[tuple[int, ...], tuple[int, int], int, Action, str]  # lineage, device, inode, action, reaction
+NO_FILE: tuple[tuple[int, int], int] = ((0, 0), 0)  # in the place of device and inode: several files
+
+
 class Outbox:
     """What the daemon is to be told and has not taken yet: in a storm, few messages with exact totals."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._waiting: list[dict[str, Any]] = []
-        self._losses: dict[tuple[object, ...], FileLoss] = {}
+        self._losses: dict[Key, FileLoss] = {}
 
     def tell(self, message: dict[str, Any]) -> None:
         self._waiting.append(message)
 
     def lost(self, loss: LateLoss, action: Action, reaction: str, killed: bool) -> None:
         """Add one page to what is to be told of its file."""
-        key = (loss.lineage, loss.device, loss.inode, action, reaction)
+        key, of_file = self._key(loss, action, reaction)
         known = self._losses.get(key)
         if known is None:
-            self._losses[key] = FileLoss(
-                cgroup_id=loss.lineage[-1] if loss.lineage else 0,
-                device=loss.device,
-                inode=loss.inode,
+            lineage, device, inode, *_ = key
+            known = FileLoss(
+                cgroup_id=lineage[-1] if lineage else 0,
+                device=device,
+                inode=inode,
                 action=action,
-                pages=1,
-                positions=(loss.position,),
-                pfns=(loss.pfn,),
-                lineage=loss.lineage,
+                pages=0,
+                positions=(),
+                pfns=(),
+                lineage=lineage,
                 reaction=reaction,
-                kills=int(killed),
             )
-            return
-        more = len(known.positions) < POSITIONS_MAX
+        more = len(known.pfns) < POSITIONS_MAX
         self._losses[key] = replace(
             known,
             pages=known.pages + 1,
             kills=known.kills + killed,
-            positions=(*known.positions, loss.position) if more else known.positions,
+            positions=(*known.positions, loss.position) if more and of_file else known.positions,
             pfns=(*known.pfns, loss.pfn) if more else known.pfns,
         )
+
+    def _key(self, loss: LateLoss, action: Action, reaction: str) -> tuple[Key, bool]:
+        """Return what a page is told of with, and whether that is its file: else its cgroup, or all that is left."""
+        key: Key = (loss.lineage, loss.device, loss.inode, action, reaction)
+        if key in self._losses or len(self._losses) < FILES_MAX:
+            return key, True
+        key = (loss.lineage, *NO_FILE, action, reaction)
+        if key in self._losses or len(self._losses) < FILES_MAX + CGROUPS_MAX:
+            return key, False
+        return ((), *NO_FILE, action, reaction), False
 
     def flush(self) -> bool:
         """Send what the daemon takes without being waited for; return whether something is left."""
@@ -235,6 +262,8 @@ class Service:
         self._poll = select.poll()
         self._trace = -1
         self._refused: list[str] = []
+        self._check_at = time.monotonic() + CHECK_SECONDS
+        self._missed = 0  # events, of which the daemon was told
 
     def run(self) -> None:
         """Serve until the daemon closes its end; leave no probe behind."""
@@ -264,15 +293,21 @@ class Service:
 
     def _turn(self) -> bool:
         """Wait for something and see to it; return False when the daemon has gone."""
-        events = select.POLLIN | (select.POLLOUT if self._outbox.flush() else 0)
-        self._poll.modify(self._channel, events)
-        ready = dict(self._poll.poll(CHECK_SECONDS * 1000))
+        try:
+            waiting = self._outbox.flush()
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        self._poll.modify(self._channel, select.POLLIN | (select.POLLOUT if waiting else 0))
+        # Never less than a millisecond: poll() counts in whole ones.
+        ready = dict(self._poll.poll(max(self._check_at - time.monotonic(), 0.001) * 1000))
         if self._trace in ready:
             self._see_losses()
         if ready.get(self._channel.fileno(), 0) & (select.POLLIN | select.POLLHUP | select.POLLERR):
-            return self._hear()
-        if not ready:
+            if not self._hear():
+                return False
+        if time.monotonic() >= self._check_at:
             self._check()
+            self._check_at = time.monotonic() + CHECK_SECONDS
         return True
 
     def _see_losses(self) -> None:
@@ -280,7 +315,7 @@ class Service:
             self._outbox.lost(loss, *self._reactor.react(loss))
 
     def _hear(self) -> bool:
-        while True:
+        for _ in range(POLICIES_MAX):
             try:
                 data = self._channel.recv(MESSAGE_MAX, socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -292,9 +327,14 @@ class Service:
             message = json.loads(data)
             action = Action(message["action"]) if message["action"] else None
             self._reactor.set_policy(message["id"], message["cgroup"], action)
+        return True
 
     def _check(self) -> None:
-        """See whether somebody has taken the probes away, and put them back."""
+        """See whether events were missed, and whether somebody has taken the probes away; put them back."""
+        missed = self._probes.dropped + self._probes.unattributed - self._missed
+        if missed:
+            self._missed += missed
+            self._outbox.tell({"missed": missed})
         fault = self._probes.faults() if self._trace >= 0 else "not armed"
         if not fault:
             return
@@ -304,6 +344,7 @@ class Service:
             self._trace = -1
         self._probes.disarm()
         self._arm()
+        gc.collect()  # what was read to arm; in cycles, if that failed
         self._tell_armed()
 
 
@@ -315,12 +356,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("channel", type=int, nargs="?", help="descriptor of the socket to cgpolicyd")
     options = parser.parse_args(arguments)
     if options.disarm:
-        disarm_leftovers(options.root / "sys/kernel/tracing")
+        try:
+            disarm_leftovers(options.root / "sys/kernel/tracing")
+        except UserError as error:
+            print(f"cgpolicy-reactor: {error}", file=sys.stderr)
+            return 1
         return 0
     if options.channel is None:
         parser.error("cgpolicyd starts this program; by hand only --disarm is of use")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    # The daemon gets a terminal's Ctrl-C, too, and ends this process by closing the socket.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # systemd stops all processes of the service, a terminal's Ctrl-C goes to the daemon, too, and that ends this one
+    # by closing the socket: it must not take an orderly end for a reactor that has failed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     Service(options.root, socket.socket(fileno=options.channel)).run()
     return 0

@@ -122,6 +122,22 @@ def test_losses_are_reported_and_counted(world: World, reactor: Reactor) -> None
     assert (web["FailureDirty"], web["FailureDirtyKill"]) == (6, 1)
 
 
+def test_pages_of_several_files_are_reported_without_a_place(world: World, reactor: Reactor) -> None:
+    service(world, "web.service", KILL)
+    reactor.say(ARMED)
+    world.start()
+    listener = world.nobody()
+    number = world.unit("web.service")["ControlGroupId"]
+    lost = loss(world, [number], pages=5000, device=[0, 0], inode=0, positions=[])
+    # Nothing is known of what was missed, and so it is only said: what comes next is reported as ever.
+    reactor.say({"missed": 3}, lost)
+    wait(lambda: "DirtyDataLost" in [signal.name for signal in listener.signals], "DirtyDataLost")
+    (seen,) = (signal.values for signal in listener.signals if signal.name == "DirtyDataLost")
+    assert seen[:5] == ("web.service", WEB, number, "kill", 5000)
+    assert (seen[5]["Device"], seen[5]["Inode"], seen[5]["Positions"]) == ((0, 0), 0, [])
+    assert world.unit("web.service")["FailureDirty"] == 5000
+
+
 def test_meddling_is_survived(world: World, reactor: Reactor) -> None:
     service(world, "web.service", KILL)
     reactor.say(ARMED)

@@ -118,3 +118,13 @@ def test_the_message_says_what_came_of_a_late_reaction(
     monkeypatch.setattr(journal, "SOCKET", tmp_path / "none")
     journal.record_loss("web.service", "", "", replace(LOSS, reaction="nobody left to kill"), "tracefs", "late")
     assert capsys.readouterr().err.endswith("action kill (late): nobody left to kill\n")
+
+
+def test_pages_of_several_files_have_no_place(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(journal, "SOCKET", tmp_path / "none")
+    loss = replace(LOSS, device=(0, 0), inode=0, positions=())
+    journal.record_loss("web.service", "", "", loss, "tracefs", "late")
+    expected = "web.service: dirty page cache lost: 3 pages of several files; action kill (late)\n"
+    assert capsys.readouterr().err == f"<3>{expected}"

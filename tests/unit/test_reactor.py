@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import time
+import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from cgpolicy import reactor
 from cgpolicy.action import Action
+from cgpolicy.error import NotSupported
 from cgpolicy.kprobes import LateLoss
 from cgpolicy.losses import POSITIONS_MAX
-from cgpolicy.reactor import INVOCATION_LINK, Outbox, Reaction, Reactor
+from cgpolicy.reactor import CGROUPS_MAX, FILES_MAX, INVOCATION_LINK, POLICIES_MAX, Outbox, Reaction, Reactor, Service
 from tests.unit.plaintree import PlainTree
 
 WEB = "/system.slice/web.service"
@@ -111,6 +116,23 @@ def test_a_loss_from_before_this_run_of_the_unit_kills_nobody(host: Host) -> Non
     # The link's time is that of the last tick, up to 10 ms early: so near, the loss counts as the older.
     host.begin_invocation(seconds_ago=0)
     assert host.lose()[1] == Reaction.STALE
+
+
+def test_a_clock_that_was_set_back_does_not_make_losses_stale(host: Host) -> None:
+    host.set(WEB, Action.KILL)
+    host.begin_invocation(seconds_ago=-3600)
+    assert host.lose() == (Action.KILL, Reaction.KILLED, True)
+    assert host.killed(WEB)
+
+
+def test_a_cgroup_that_cannot_be_killed_is_not_said_to_be_gone(host: Host) -> None:
+    kill = host.tree.path(WEB) / "cgroup.kill"
+    kill.unlink()
+    host.set(WEB, Action.KILL)
+    assert host.lose() == (Action.KILL, Reaction.FAILED, False)
+    kill.symlink_to("/dev/full")  # ENOSPC
+    host.set(WEB, Action.KILL)
+    assert host.lose() == (Action.KILL, Reaction.FAILED, False)
 
 
 def test_the_next_cgroup_of_that_name_is_not_killed(host: Host) -> None:
@@ -219,7 +241,189 @@ def test_a_daemon_that_is_slow_misses_nothing(daemon: Daemon) -> None:
     assert {message["loss"]["inode"] for message in found} == set(range(said))
 
 
+def test_what_waits_for_the_daemon_does_not_grow_with_a_storm(daemon: Daemon) -> None:
+    """Pages of 50,000 files and then of 50,000 cgroups, while the daemon does not listen."""
+    while not daemon.outbox.flush():
+        daemon.outbox.lost(loss(0), Action.CONTINUE, "", False)
+    before = sum(message["loss"]["pages"] for message in daemon.received())
+    pages = 50_000
+    tracemalloc.start()
+    for page in range(pages):
+        daemon.outbox.lost(loss(page, inode=1000 + page), Action.KILL, Reaction.GONE, page == 7)
+    for page in range(pages):
+        other = replace(loss(page), lineage=(3, 1000 + page))
+        daemon.outbox.lost(other, Action.KILL, Reaction.KILLED, False)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 8 << 20
+    found = []
+    while daemon.outbox.flush():
+        found += daemon.received()
+    found += daemon.received()
+    told = [message["loss"] for message in found if message["loss"]["action"] == "kill"]
+    assert sum(each["pages"] for each in told) == 2 * pages
+    assert sum(each["kills"] for each in told) == 1
+    assert len(told) <= FILES_MAX + CGROUPS_MAX + 2
+    (one_cgroup,) = [each for each in told if each["cgroup_id"] == 7 and not each["inode"]]
+    assert (one_cgroup["device"], one_cgroup["positions"], len(one_cgroup["pfns"])) == ([0, 0], [], POSITIONS_MAX)
+    (the_rest,) = [each for each in told if each["cgroup_id"] == 0]
+    assert the_rest["lineage"] == []
+    assert before
+
+
 def test_a_loss_charged_to_no_cgroup_is_told_too(daemon: Daemon) -> None:
     daemon.outbox.lost(LateLoss(1, (8, 1), 12, 0, (), 1), Action.CONTINUE, "", False)
     daemon.outbox.flush()
     assert daemon.received()[0]["loss"]["cgroup_id"] == 0
+
+
+# The main loop ----------------------------------------------------------------------------------
+
+
+class Probes:
+    """In the place of LossProbes: losses come through a pipe, of which one byte is one loss."""
+
+    losses: ClassVar[list[LateLoss]] = []
+    fault: ClassVar[str] = ""
+    refusal: ClassVar[str] = ""
+
+    def __init__(self, *_: object) -> None:
+        self.dropped = self.unattributed = 0
+        self.paths = ("P1",)
+        self.armed = 0
+        self.disarmed = 0
+        self._read, self.write = os.pipe()
+
+    def arm(self) -> None:
+        if self.refusal:
+            raise NotSupported(self.refusal, hint="do something")
+        self.armed += 1
+
+    def fileno(self) -> int:
+        return self._read
+
+    def read(self) -> list[LateLoss]:
+        return [self.losses.pop(0) for _ in os.read(self._read, 100)]
+
+    def faults(self) -> str:
+        return self.fault
+
+    def disarm(self) -> None:
+        self.disarmed += 1
+
+
+class Loop:
+    """A reactor whose turns are the test's, and the daemon's end of its socket."""
+
+    def __init__(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reactor, "LossProbes", Probes)
+        self.host = host
+        self.channel, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.service = Service(host.root, self.theirs)
+        self.probes: Any = self.service._probes
+        self.service._arm()
+        self.service._poll.register(self.theirs, select.POLLIN)
+
+    def turn(self) -> bool:
+        return self.service._turn()
+
+    def set(self, number: int, cgroup: str, action: str) -> None:
+        self.channel.send(json.dumps({"id": number, "cgroup": cgroup, "action": action}).encode())
+
+    def lose(self, cgroup: str) -> None:
+        lineage = (self.host.id("/system.slice"), self.host.id(cgroup))
+        self.probes.losses.append(LateLoss(1, (8, 1), 12, 0, lineage, time.monotonic_ns()))
+        os.write(self.probes.write, b".")
+
+    def told(self) -> list[dict[str, Any]]:
+        found = []
+        while select.select([self.channel], [], [], 0)[0]:
+            found.append(json.loads(self.channel.recv(65536)))
+        return found
+
+    def is_due(self) -> None:
+        self.service._check_at = time.monotonic()
+
+
+@pytest.fixture
+def loop(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    made = Loop(host, monkeypatch)
+    yield made
+    made.channel.close()
+    made.theirs.close()
+
+
+def test_a_loss_is_reacted_to_although_the_daemon_has_much_to_say(loop: Loop) -> None:
+    loop.set(loop.host.id(WEB), WEB, "kill")
+    assert loop.turn()
+    for number in range(4 * POLICIES_MAX):
+        loop.set(2**40 + number, PAYLOAD, "kill")
+    loop.lose(WEB)
+    assert loop.turn()
+    assert loop.host.killed(WEB)
+    loop.lose(WEB)  # while three quarters are still to be heard
+    assert loop.turn()
+    assert loop.host.killed(WEB)
+    assert len(loop.service._reactor._targets) == 1 + 2 * POLICIES_MAX
+
+
+def test_the_probes_are_looked_after_although_there_is_always_something_to_do(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Probes, "fault", "gone")
+    loop.set(1, WEB, "kill")
+    assert loop.turn()
+    assert loop.probes.armed == 1
+    loop.is_due()
+    loop.set(1, WEB, "kill")
+    assert loop.turn()
+    assert loop.probes.armed == 2
+    assert loop.turn()
+    assert [next(iter(said)) for said in loop.told()] == ["fault", "armed"]
+
+
+def test_probes_that_cannot_be_put_back_are_tried_again(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Probes, "fault", "gone")
+    monkeypatch.setattr(Probes, "refusal", "taken")
+    for _ in range(2):
+        loop.is_due()
+        assert loop.turn()
+    monkeypatch.setattr(Probes, "refusal", "")
+    loop.is_due()
+    assert loop.turn()
+    loop.is_due()
+    assert loop.turn()
+    said = loop.told()
+    assert [next(iter(each)) for each in said][:4] == ["fault", "failed", "failed", "armed"]
+    assert said[1] == {"failed": "taken", "hint": "do something"}
+
+
+def test_events_that_were_missed_are_reported_once(loop: Loop) -> None:
+    loop.probes.dropped, loop.probes.unattributed = 5, 2
+    for _ in range(2):
+        loop.is_due()
+        assert loop.turn()
+    loop.probes.dropped = 6
+    loop.is_due()
+    assert loop.turn()
+    loop.is_due()
+    assert loop.turn()
+    assert loop.told() == [{"missed": 7}, {"missed": 1}]
+
+
+def test_the_daemons_end_is_the_end(loop: Loop) -> None:
+    loop.channel.close()
+    assert not loop.turn()
+
+
+def test_the_daemons_end_is_the_end_although_it_has_not_been_told_all(loop: Loop) -> None:
+    loop.lose(WEB)
+    loop.service._see_losses()
+    loop.channel.close()
+    assert not loop.turn()
+
+
+def test_nobody_can_ask_for_more_than_disarming_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        reactor.main([])
+    assert "only --disarm" in capsys.readouterr().err
