@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cgpolicy.action import Action
-from cgpolicy.error import InvalidMachineName, WriteFailed
+from cgpolicy.error import InvalidMachineName, WriteFailed, quoted
 from cgpolicy.setting import KEY, SECTION
 from cgpolicy.unitfile import parse
 from cgpolicy.unitname import check
@@ -75,7 +75,8 @@ class PolicyFiles:
             return f"{uuid.UUID(machine)}.conf"
         if not MACHINE.fullmatch(machine) or ".." in machine:
             raise InvalidMachineName(
-                f"{machine!r} is no machine name", hint="expected a name as machinectl or virsh lists it, or a UUID"
+                f"{quoted(machine)} is no machine name",
+                hint="expected a name as machinectl or virsh lists it, or a UUID",
             )
         return f"{machine}.conf"
 
