@@ -12,7 +12,7 @@ from typing import Any
 from gi.repository import Gio, GLib
 
 from cgpolicy.systemd import MANAGER, MANAGER_PATH, SERVICE, UnitFacts, facts, properties, unit_path
-from cgpolicy.unitname import POLICY_TYPES, unit_type
+from cgpolicy.unitname import POLICY_TYPES, bus_label_unescape, unit_type
 
 # Calls under way at once; the bus allows 128 replies to be pending for a connection (dbus-daemon(1), system.conf).
 WINDOW = 64
@@ -23,6 +23,8 @@ TIMEOUT_MS = 120_000
 # An announcement so soon after a read is put off: it was made by the read if the unit is unloaded right after it.
 ECHO_MS = 100
 ENDED_MAX = 4096
+
+PROPERTIES = "org.freedesktop.DBus.Properties"
 
 Read = Callable[[UnitFacts | None], None]
 
@@ -42,7 +44,7 @@ class SystemdWatch:
         self._loaded = loaded
         self._removed = removed
         self._refresh = refresh
-        self._queue: deque[tuple[str, str, str, str, Callable[[object], None]]] = deque()
+        self._queue: deque[tuple[str, str, str, Any, Callable[[Any], None]]] = deque()
         self._under_way = 0
         self._reading: dict[str, list[Read]] = {}
         self._again: dict[str, list[Read]] = {}
@@ -103,6 +105,16 @@ class SystemdWatch:
         for name in units:
             self.read(name, one)
 
+    def find(self, name: str, done: Callable[[str | None], None]) -> None:
+        """Hand over the name under which PID 1 keeps a unit, another one if this is an alias; None if it cannot."""
+
+        def loaded(reply: Any) -> None:
+            label = reply.unpack()[0].rpartition("/")[2] if reply is not None else ""
+            done(bus_label_unescape(label) or None)
+
+        self._queue.append((MANAGER_PATH, MANAGER, "LoadUnit", GLib.Variant("(s)", (name,)), loaded))
+        self._pump()
+
     def read(self, unit: str, done: Read) -> None:
         """Read one unit, which PID 1 loads for it if need be; done gets None if that failed."""
         if unit in self._reading:
@@ -142,7 +154,8 @@ class SystemdWatch:
 
         path = unit_path(unit)
         for interface, name, _ in wanted:
-            self._queue.append((path, interface, name, "Get", partial(got, name)))
+            arguments = GLib.Variant("(ss)", (interface, name))
+            self._queue.append((path, PROPERTIES, "Get", arguments, partial(got, name)))
         self._pump()
 
     def _finish(self, unit: str, result: UnitFacts | None) -> None:
@@ -159,16 +172,15 @@ class SystemdWatch:
 
     def _pump(self) -> None:
         while self._queue and self._under_way < WINDOW:
-            path, interface, name, method, done = self._queue.popleft()
+            path, interface, method, arguments, done = self._queue.popleft()
             self._under_way += 1
 
-            def answered(reply: Any, done: Callable[[object], None] = done) -> None:
+            def answered(reply: Any, done: Callable[[Any], None] = done) -> None:
                 self._under_way -= 1
                 done(reply)
                 self._pump()
 
-            arguments = GLib.Variant("(ss)", (interface, name))
-            self._call(path, "org.freedesktop.DBus.Properties", method, arguments, answered)
+            self._call(path, interface, method, arguments, answered)
 
     def _call(self, path: str, interface: str, method: str, arguments: Any, done: Callable[[Any], None]) -> None:
         def answered(connection: Any, result: Any) -> None:

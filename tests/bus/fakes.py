@@ -21,6 +21,7 @@ SYSTEMD_XML = f"""<node>
   <interface name="{MANAGER}">
     <method name="Subscribe"/>
     <method name="Reload"/>
+    <method name="LoadUnit"><arg type="s" direction="in"/><arg type="o" direction="out"/></method>
     <method name="ListUnits"><arg type="a(ssssssouso)" direction="out"/></method>
     <signal name="UnitNew"><arg type="s"/><arg type="o"/></signal>
     <signal name="UnitRemoved"><arg type="s"/><arg type="o"/></signal>
@@ -82,6 +83,7 @@ class FakeSystemd:
         self.root = root
         self.units: dict[str, FakeUnit] = {}
         self.listed: set[str] = set()
+        self.aliases: dict[str, str] = {}
         self.reloads = 0
         self.gets: Counter[str] = Counter()
         self.subscribed = False
@@ -153,6 +155,10 @@ class FakeSystemd:
         if method == "Subscribe":
             self.subscribed = True
             invocation.return_value(None)
+        elif method == "LoadUnit":
+            # PID 1 makes a unit for any name that it is asked about; an alias leads to the unit itself.
+            (name,) = arguments.unpack()
+            invocation.return_value(GLib.Variant("(o)", (unit_path(self.aliases.get(name, name)),)))
         elif method == "Reload":
             self.reload()
             invocation.return_value(None)
