@@ -18,7 +18,7 @@ from typing import Any
 
 from gi.repository import Gio, GLib
 
-from cgpolicy import __version__
+from cgpolicy import __version__, buscall
 from cgpolicy.action import Action
 from cgpolicy.client import MANAGER, MANAGER_PATH, NAME, NO_RELOAD, UNIT
 from cgpolicy.enforcement import Enforcement
@@ -74,6 +74,16 @@ def free_after_reply(invocation: Any) -> None:
 _gobject = ctypes.CDLL("libgobject-2.0.so.0")
 _libc = ctypes.CDLL(None)
 
+M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def keep_memory_low() -> None:
+    """Have memory for long messages, which any client may send, given back to the kernel at once.
+
+    Left alone, malloc (mallopt(3)) takes the first ones for a sign that more will come, and keeps room for them.
+    """
+    _libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+
 
 def matches(name: str, patterns: list[bytes]) -> bool:
     """Tell whether one of some shell patterns matches a unit's name (fnmatch(3)).
@@ -106,6 +116,7 @@ class BusFace:
         self, bus: Any, reconciler: Reconciler, watch: SystemdWatch, authority: Authority, files: PolicyFiles,
         refresh: Callable[[Callable[[], None]], None], enforcement: Callable[[], Enforcement],
     ) -> None:
+        keep_memory_low()
         self._connection = bus.con
         self._reconciler = reconciler
         self._watch = watch
@@ -455,7 +466,7 @@ class BusFace:
                     done()
                 return more
 
-            GLib.idle_add(again, priority=GLib.PRIORITY_DEFAULT)
+            buscall.after(0, again)
 
     def _explain(self, invocation: Any, name: str) -> None:
         def answer(unit: Unit) -> None:
