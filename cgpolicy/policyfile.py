@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cgpolicy.action import Action
-from cgpolicy.error import InvalidMachineName, WriteFailed
+from cgpolicy.error import InvalidMachineName, WriteFailed, quoted
 from cgpolicy.setting import KEY, SECTION
 from cgpolicy.unitfile import parse
 from cgpolicy.unitname import check
@@ -26,6 +26,9 @@ TEMPORARY = ".{name}.new"
 
 # machine_name_is_valid() of systemd (src/basic/hostname-util.c) is a host name; libvirt's names may have more.
 MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@:-]{0,199}")
+
+# Not all that uuid.UUID() takes: it would make white space and underscores part of a number.
+UUID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 HEADER = "# Written by cgpolicy; \"cgpolicy unset\" removes it. See cgpolicy(5).\n"
 
@@ -68,12 +71,12 @@ class PolicyFiles:
 
     def check_machine(self, machine: str) -> str:
         """Return the file name of a machine's rule; raise InvalidMachineName."""
-        with contextlib.suppress(ValueError):
-            if len(machine) in (32, 36):
-                return f"{uuid.UUID(machine)}.conf"
+        if UUID.fullmatch(machine):
+            return f"{uuid.UUID(machine)}.conf"
         if not MACHINE.fullmatch(machine) or ".." in machine:
             raise InvalidMachineName(
-                f"{machine!r} is no machine name", hint="expected a name as machinectl or virsh lists it, or a UUID"
+                f"{quoted(machine)} is no machine name",
+                hint="expected a name as machinectl or virsh lists it, or a UUID",
             )
         return f"{machine}.conf"
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gi.repository import Gio, GLib
+from gi.repository import GLib
 
+from cgpolicy import buscall
 from cgpolicy.systemd import MANAGER, MANAGER_PATH, SERVICE, UnitFacts, facts, properties, unit_path
-from cgpolicy.unitname import POLICY_TYPES, unit_type
+from cgpolicy.unitname import POLICY_TYPES, bus_label_unescape, unit_type
 
 # Calls under way at once; the bus allows 128 replies to be pending for a connection (dbus-daemon(1), system.conf).
 WINDOW = 64
@@ -22,8 +23,11 @@ TIMEOUT_MS = 120_000
 
 # An announcement so soon after a read is put off: it was made by the read if the unit is unloaded right after it.
 ECHO_MS = 100
-ENDED_MAX = 4096
 
+PROPERTIES = "org.freedesktop.DBus.Properties"
+
+Values = tuple[Any, ...] | None  # of an answer; None instead of an error
+Answered = Callable[[Values], None]
 Read = Callable[[UnitFacts | None], None]
 
 
@@ -42,7 +46,7 @@ class SystemdWatch:
         self._loaded = loaded
         self._removed = removed
         self._refresh = refresh
-        self._queue: deque[tuple[str, str, str, str, Callable[[object], None]]] = deque()
+        self._queue: deque[tuple[str, str, str, Any, Answered]] = deque()
         self._under_way = 0
         self._reading: dict[str, list[Read]] = {}
         self._again: dict[str, list[Read]] = {}
@@ -72,15 +76,15 @@ class SystemdWatch:
             sender="org.freedesktop.DBus", iface="org.freedesktop.DBus", signal="NameOwnerChanged", arg0=SERVICE,
             signal_fired=partial(strip, self._systemd_owner),
         )
-        self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: None)
+        self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda values: None)
 
     def list_units(self, done: Callable[[list[str] | None], None]) -> None:
         """Hand over the names of the loaded units that can have a policy, None if PID 1 does not answer."""
         asked = self._anew
 
-        def listed(reply: Any) -> None:
+        def listed(values: Values) -> None:
             self._listed = asked
-            names = [row[0] for row in reply.unpack()[0]] if reply is not None else None
+            names = [row[0] for row in values[0]] if values is not None else None
             done(names and [name for name in names if unit_type(name) in POLICY_TYPES])
 
         self._call(MANAGER_PATH, MANAGER, "ListUnits", None, listed)
@@ -103,6 +107,16 @@ class SystemdWatch:
         for name in units:
             self.read(name, one)
 
+    def find(self, name: str, done: Callable[[str | None], None]) -> None:
+        """Hand over the name under which PID 1 keeps a unit, another one if this is an alias; None if it cannot."""
+
+        def loaded(values: Values) -> None:
+            label = values[0].rpartition("/")[2] if values is not None else ""
+            done(bus_label_unescape(label) or None)
+
+        self._queue.append((MANAGER_PATH, MANAGER, "LoadUnit", GLib.Variant("(s)", (name,)), loaded))
+        self._pump()
+
     def read(self, unit: str, done: Read) -> None:
         """Read one unit, which PID 1 loads for it if need be; done gets None if that failed."""
         if unit in self._reading:
@@ -119,7 +133,7 @@ class SystemdWatch:
             return
         self._reloading = True
 
-        def reloaded(reply: Any) -> None:
+        def reloaded(values: Values) -> None:
             self._reloading = False
             if self._reload_wanted:
                 self._reload_wanted = False
@@ -132,24 +146,26 @@ class SystemdWatch:
         wanted = properties(unit)
         failed = False
 
-        def got(name: str, reply: Any) -> None:
+        def got(name: str, answer: Values) -> None:
             nonlocal failed
-            if reply is None:
+            if answer is None:
                 failed = True
-            values[name] = None if reply is None else reply.unpack()[0]
+            values[name] = None if answer is None else answer[0]
             if len(values) == len(wanted):
                 self._finish(unit, None if failed else facts(unit, values))
 
         path = unit_path(unit)
         for interface, name, _ in wanted:
-            self._queue.append((path, interface, name, "Get", partial(got, name)))
+            arguments = GLib.Variant("(ss)", (interface, name))
+            self._queue.append((path, PROPERTIES, "Get", arguments, partial(got, name)))
         self._pump()
 
     def _finish(self, unit: str, result: UnitFacts | None) -> None:
         waiting = self._reading.pop(unit)
-        self._ended[unit] = time.monotonic()
+        now = time.monotonic()
+        self._ended[unit] = now
         self._ended.move_to_end(unit)
-        if len(self._ended) > ENDED_MAX:
+        while now - next(iter(self._ended.values())) > ECHO_MS / 1000:
             self._ended.popitem(last=False)
         if unit in self._again:
             self._reading[unit] = self._again.pop(unit)
@@ -159,28 +175,21 @@ class SystemdWatch:
 
     def _pump(self) -> None:
         while self._queue and self._under_way < WINDOW:
-            path, interface, name, method, done = self._queue.popleft()
+            path, interface, method, arguments, done = self._queue.popleft()
             self._under_way += 1
 
-            def answered(reply: Any, done: Callable[[object], None] = done) -> None:
+            def answered(values: Values, done: Answered = done) -> None:
                 self._under_way -= 1
-                done(reply)
+                done(values)
                 self._pump()
 
-            arguments = GLib.Variant("(ss)", (interface, name))
-            self._call(path, "org.freedesktop.DBus.Properties", method, arguments, answered)
+            self._call(path, interface, method, arguments, answered)
 
-    def _call(self, path: str, interface: str, method: str, arguments: Any, done: Callable[[Any], None]) -> None:
-        def answered(connection: Any, result: Any) -> None:
-            try:
-                reply = connection.call_finish(result)
-            except GLib.Error:
-                # The unit went away meanwhile, or PID 1 is being executed anew: a signal tells what is next.
-                reply = None
-            done(reply)
-
-        self._bus.con.call(
-            SERVICE, path, interface, method, arguments, None, Gio.DBusCallFlags.NONE, TIMEOUT_MS, None, answered
+    def _call(self, path: str, interface: str, method: str, arguments: Any, done: Answered) -> None:
+        # Of an error nothing is said: the unit went away meanwhile, or PID 1 is being executed anew, and a signal
+        # tells what is next.
+        buscall.call(
+            self._bus.con, SERVICE, path, interface, method, arguments, TIMEOUT_MS, lambda values, error: done(values)
         )
 
     def _counts(self, unit: str) -> bool:
@@ -203,11 +212,11 @@ class SystemdWatch:
             self._reread(unit)
             return False
 
-        self._echoes[unit] = GLib.timeout_add(ECHO_MS, no_echo)
+        self._echoes[unit] = buscall.after(ECHO_MS, no_echo)
 
     def _unit_removed(self, unit: str, path: str) -> None:
         if unit in self._echoes:
-            GLib.source_remove(self._echoes.pop(unit))
+            buscall.cancel(self._echoes.pop(unit))
         if self._counts(unit):
             self._removed(unit)
 
@@ -224,7 +233,7 @@ class SystemdWatch:
     def _systemd_owner(self, name: str, old: str, new: str) -> None:
         if new:
             # A new bus client: subscriptions are gone with the old one (daemon-reexec).
-            self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: self._refresh())
+            self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda values: self._refresh())
 
 
 def strip(handler: Callable[..., None], sender: str, path: str, interface: str, signal: str, values: Any) -> None:

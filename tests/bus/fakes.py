@@ -21,6 +21,7 @@ SYSTEMD_XML = f"""<node>
   <interface name="{MANAGER}">
     <method name="Subscribe"/>
     <method name="Reload"/>
+    <method name="LoadUnit"><arg type="s" direction="in"/><arg type="o" direction="out"/></method>
     <method name="ListUnits"><arg type="a(ssssssouso)" direction="out"/></method>
     <signal name="UnitNew"><arg type="s"/><arg type="o"/></signal>
     <signal name="UnitRemoved"><arg type="s"/><arg type="o"/></signal>
@@ -82,6 +83,8 @@ class FakeSystemd:
         self.root = root
         self.units: dict[str, FakeUnit] = {}
         self.listed: set[str] = set()
+        self.aliases: dict[str, str] = {}
+        self._objects: dict[str, list[int]] = {}
         self.reloads = 0
         self.gets: Counter[str] = Counter()
         self.subscribed = False
@@ -91,9 +94,10 @@ class FakeSystemd:
         self._register(MANAGER_PATH, MANAGER, self._manager)
         client.own(SERVICE)
 
-    def _register(self, path: str, interface: str, call: Callable[..., None]) -> None:
+    def _register(self, path: str, interface: str, call: Callable[..., None]) -> int:
         # Without getters GDBus hands Properties.Get to the method handler, which can hold it back.
-        self.client.connection.register_object(path, self._info.lookup_interface(interface), call, None, None)
+        info = self._info.lookup_interface(interface)
+        return int(self.client.connection.register_object(path, info, call, None, None))
 
     def add(self, name: str, *, listed: bool = True, **values: Any) -> FakeUnit:
         """Make a unit known; one that is not listed is loaded when somebody asks for it."""
@@ -102,8 +106,16 @@ class FakeSystemd:
         if listed:
             self.listed.add(name)
         for interface in (UNIT, INTERFACES[unit_type(name)]):
-            self._register(unit_path(name), interface, partial(self._unit, unit))
+            number = self._register(unit_path(name), interface, partial(self._unit, unit))
+            self._objects.setdefault(name, []).append(number)
         return unit
+
+    def forget(self, name: str) -> None:
+        """Unload a unit that has no file."""
+        self.unit_removed(name)
+        del self.units[name]
+        for number in self._objects.pop(name):
+            self.client.connection.unregister_object(number)
 
     def find_drop_ins(self, name: str) -> tuple[str, ...]:
         """Return a unit's drop-ins; of one base name the directory with precedence counts (systemd.unit(5))."""
@@ -153,6 +165,10 @@ class FakeSystemd:
         if method == "Subscribe":
             self.subscribed = True
             invocation.return_value(None)
+        elif method == "LoadUnit":
+            # PID 1 makes a unit for any name that it is asked about; an alias leads to the unit itself.
+            (name,) = arguments.unpack()
+            invocation.return_value(GLib.Variant("(o)", (unit_path(self.aliases.get(name, name)),)))
         elif method == "Reload":
             self.reload()
             invocation.return_value(None)

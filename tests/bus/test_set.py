@@ -223,3 +223,25 @@ def test_manager_counts_what_failed(world: World) -> None:
     assert (unit["State"], unit["EffectiveAction"]) == ("no-controller", "continue")
     assert "MemoryAccounting" in unit["LastError"]
     assert listener.call("GetAll", "(s)", MANAGER, interface=PROPERTIES)["NFailed"] == 1
+
+
+@pytest.mark.parametrize("flags", [0, 1])
+def test_by_an_alias_it_is_the_unit_itself(world: World, flags: int) -> None:
+    """Two objects for one cgroup would each put right what the other writes, without end."""
+    world.service("web.service")
+    world.systemd.add("www.service", listed=False, cgroup=WEB)
+    world.systemd.aliases["www.service"] = "web.service"
+    world.start()
+    polkit = world.polkit()
+    assert world.root_client.call("GetUnit", "(s)", "www.service") == WEB_OBJECT
+    world.nobody().call("SetUnitPolicy", "(ssbt)", "www.service", "kill", False, flags)
+    # Also for polkit's rules, which name the unit.
+    assert [question.details["unit"] for question in polkit.questions] == ["web.service"]
+    world.settle()
+    assert world.tree.said(WEB) == "kill"
+    assert (world.root / PERSISTENT).read_bytes().endswith(drop_in("kill"))
+    assert [row[:2] for row in world.root_client.call("ListUnits", "(as)", ["w*"])] == [("web.service", "kill")]
+    world.root_client.call("UnsetUnitPolicy", "(sbt)", "www.service", False, flags)
+    world.settle()
+    assert world.tree.said(WEB) == "continue"
+    assert not (world.root / PERSISTENT).exists()

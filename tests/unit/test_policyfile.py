@@ -371,7 +371,8 @@ def test_every_spelling_of_a_uuid_is_one_rule(files: PolicyFiles, machine: str) 
     assert files.remove_machine(UUID.upper()) == path
 
 
-@pytest.mark.parametrize("machine", ["web01", "web-01.example", "Win_10+x:@2", "9", "a" * 200, "g" * 32, "x" * 36])
+@pytest.mark.parametrize("machine", ["web01", "web-01.example", "Win_10+x:@2", "9", "a" * 200, "g" * 32, "x" * 36,
+                                     "0123456789_abcdef_0123456789_abc"])
 def test_a_machine_name_is_its_file_name(files: PolicyFiles, machine: str) -> None:
     assert files.machine_rule(machine) is None
     assert files.write_machine(machine, Action.KILL).name == f"{machine}.conf"
@@ -379,7 +380,8 @@ def test_a_machine_name_is_its_file_name(files: PolicyFiles, machine: str) -> No
     assert rule is not None and read_setting([rule]).action is Action.KILL
 
 
-BAD_MACHINES = ["", ".", "..", ".db", "a..b", "a/b", "../db", "-db", "a b", "a\n", "a\0", "\u00e9", "a" * 201]
+BAD_MACHINES = ["", ".", "..", ".db", "a..b", "a/b", "../db", "-db", "a b", "a\n", "a\0", "\u00e9", "a" * 201,
+                " 0123456789abcdef0123456789abcde"]
 
 
 @pytest.mark.parametrize("machine", BAD_MACHINES)
