@@ -13,7 +13,6 @@ from typing import Any
 
 import pydbus
 from gi.repository import GLib
-from pystemd import daemon as sd_daemon
 
 from cgpolicy import __version__, enforcement, journal
 from cgpolicy.action import Action
@@ -33,6 +32,7 @@ from cgpolicy.client import NAME
 from cgpolicy.enforcement import Enforcement
 from cgpolicy.enforcer import Armed, Ended, Enforcer, Fault, Unarmed
 from cgpolicy.error import UserError
+from cgpolicy.libsystemd import part
 from cgpolicy.losses import FileLoss, LossReader, by_file
 from cgpolicy.machined import MachineWatch
 from cgpolicy.policyfile import PolicyFiles
@@ -42,6 +42,8 @@ from cgpolicy.systemd import UnitFacts
 from cgpolicy.systemd_watch import SystemdWatch
 from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import ROOT_SLICE, unit_type
+
+sd_daemon = part("daemon")
 
 SWEEP_SECONDS = 600
 

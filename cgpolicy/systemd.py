@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cgpolicy.error import NotSupported, UserError
+from cgpolicy.libsystemd import part
 from cgpolicy.setting import Setting, read_setting
 from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, bus_label_escape, check, unit_type
 
@@ -114,27 +115,23 @@ class SystemdManager:
     """A connection to PID 1 by the system bus, for programs that ask and end."""
 
     def __init__(self) -> None:
-        # Here and not above: pystemd takes longer to import than the rest of the command together.
-        from pystemd.dbusexc import DBusBaseError
-        from pystemd.dbuslib import DBus
-
-        self._bus = DBus()
+        # Here and not above: most who import this module do not ask PID 1 this way.
+        self._failed = part("dbusexc").DBusBaseError
+        self._bus = part("dbuslib").DBus()
         try:
             self._bus.open()
-        except DBusBaseError as error:
+        except self._failed as error:
             raise UserError(f"no system bus to reach systemd by: {error}", hint="is dbus.service running?") from None
 
     def close(self) -> None:
         self._bus.close()
 
     def _get(self, path: str, interface: str, name: str, signature: str) -> object:
-        from pystemd.dbusexc import DBusBaseError
-
         try:
             value = self._bus.get_property(
                 SERVICE.encode(), path.encode(), interface.encode(), name.encode(), signature.encode()
             )
-        except DBusBaseError as error:
+        except self._failed as error:
             raise UserError(f"systemd does not tell {name}: {error}", hint="this needs systemd as PID 1") from None
         if isinstance(value, list):
             return [item.decode() for item in value]
