@@ -7,6 +7,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -178,15 +179,19 @@ class Daemon:
         self._refreshing = True
         waiting, self._refresh_asked = self._refresh_asked, []
 
-        def listed(names: list[str] | None) -> None:
+        def listed(loaded: dict[str, str] | None) -> None:
             # PID 1 that does not answer, executed anew for instance, is no reason to forget what it said.
-            names = list(self.reconciler.units) if names is None else self.reconciler.with_kept(names)
-            self.watch.read_all(names, partial(self._refreshed, waiting, names))
+            if loaded is None:
+                loaded = dict.fromkeys(self.reconciler.units, "")
+            else:
+                loaded |= dict.fromkeys(self.reconciler.kept(loaded), "")
+            self.watch.read_all(loaded, partial(self._refreshed, waiting, list(loaded)))
 
         self.watch.list_units(listed)
 
     def _refreshed(self, waiting: list[Callable[[], None]], names: list[str], units: list[UnitFacts]) -> None:
-        found = {facts.name: facts for facts in units}
+        cgroups = self.tree.units()
+        found = {facts.name: replace(facts, cgroup=cgroups.get(facts.name, "")) for facts in units}
         known = {name: self.reconciler.units[name].facts for name in names if name in self.reconciler.units}
         self.reconciler.replace_all(facts for facts in (known | found).values() if facts.exists)
         self._refreshing = False

@@ -158,11 +158,11 @@ class Reconciler:
         wanted = unit.asked or (unit.configured and fragment.name == unit.name)
         return bool(wanted) and fragment.is_file()
 
-    def with_kept(self, loaded: list[str]) -> list[str]:
-        """Return the units that PID 1 has loaded, and those with a policy that are kept though it has not."""
+    def kept(self, loaded: Iterable[str]) -> list[str]:
+        """Return the units with a policy that are kept though PID 1 has unloaded them; it has loaded these."""
         for name in loaded:
             self._kept.pop(name, None)
-        return [*loaded, *(name for name in self._kept if self.units[name].configured)]
+        return [name for name in self._kept if self.units[name].configured]
 
     def remove(self, name: str) -> None:
         """Forget a unit."""

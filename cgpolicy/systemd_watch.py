@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 from gi.repository import Gio, GLib
@@ -25,6 +27,7 @@ ECHO_MS = 100
 ENDED_MAX = 4096
 
 Read = Callable[[UnitFacts | None], None]
+NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 class SystemdWatch:
@@ -42,7 +45,7 @@ class SystemdWatch:
         self._loaded = loaded
         self._removed = removed
         self._refresh = refresh
-        self._queue: deque[tuple[str, str, str, str, Callable[[object], None]]] = deque()
+        self._queue: deque[tuple[str, str, str, Callable[[object], None]]] = deque()
         self._under_way = 0
         self._reading: dict[str, list[Read]] = {}
         self._again: dict[str, list[Read]] = {}
@@ -74,21 +77,25 @@ class SystemdWatch:
         )
         self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: None)
 
-    def list_units(self, done: Callable[[list[str] | None], None]) -> None:
-        """Hand over the names of the loaded units that can have a policy, None if PID 1 does not answer."""
+    def list_units(self, done: Callable[[dict[str, str] | None], None]) -> None:
+        """Hand over the loaded units that can have a policy with their LoadState, None if PID 1 does not answer."""
         asked = self._anew
 
         def listed(reply: Any) -> None:
             self._listed = asked
-            names = [row[0] for row in reply.unpack()[0]] if reply is not None else None
-            done(names and [name for name in names if unit_type(name) in POLICY_TYPES])
+            rows = reply.unpack()[0] if reply is not None else []
+            done({row[0]: row[2] for row in rows if unit_type(row[0]) in POLICY_TYPES} or None)
 
         self._call(MANAGER_PATH, MANAGER, "ListUnits", None, listed)
 
-    def read_all(self, units: list[str], done: Callable[[list[UnitFacts]], None]) -> None:
-        """Read many units; done comes once, with those that could be read."""
+    def read_all(self, units: Mapping[str, str], done: Callable[[list[UnitFacts]], None]) -> None:
+        """Read many units whose LoadState is known; done comes once, with those that could be read.
+
+        What the cgroup file system tells of all at once is not asked for: ControlGroup is left "".
+        """
         found: list[UnitFacts] = []
         missing = len(units)
+        waiting = iter(units.items())
         if not units:
             done(found)
 
@@ -97,20 +104,25 @@ class SystemdWatch:
             missing -= 1
             if unit is not None:
                 found.append(unit)
+            begin(1)
             if not missing:
                 done(found)
 
-        for name in units:
-            self.read(name, one)
+        def begin(count: int) -> None:
+            for name, load_state in islice(waiting, count):
+                self.read(name, one, {"LoadState": load_state, "ControlGroup": ""} if load_state else {})
 
-    def read(self, unit: str, done: Read) -> None:
-        """Read one unit, which PID 1 loads for it if need be; done gets None if that failed."""
+        # Not all at once: what is to be asked of 10,000 units takes 20 MiB, which Python would not give back.
+        begin(WINDOW)
+
+    def read(self, unit: str, done: Read, known: Mapping[str, object] = NOTHING) -> None:
+        """Read one unit but for what is known, PID 1 loading it if need be; done gets None if that failed."""
         if unit in self._reading:
             # What is under way may already be old: answer with a read that starts later.
             self._again.setdefault(unit, []).append(done)
             return
         self._reading[unit] = [done]
-        self._begin(unit)
+        self._begin(unit, known)
 
     def reload(self) -> None:
         """Ask systemd to reload its configuration, without waiting; requests made meanwhile become one."""
@@ -127,9 +139,10 @@ class SystemdWatch:
 
         self._call(MANAGER_PATH, MANAGER, "Reload", None, reloaded)
 
-    def _begin(self, unit: str) -> None:
-        values: dict[str, object] = {}
-        wanted = properties(unit)
+    def _begin(self, unit: str, known: Mapping[str, object]) -> None:
+        values = dict(known)
+        wanted = [(interface, name) for interface, name, _ in properties(unit) if name not in known]
+        complete = len(values) + len(wanted)
         failed = False
 
         def got(name: str, reply: Any) -> None:
@@ -137,12 +150,12 @@ class SystemdWatch:
             if reply is None:
                 failed = True
             values[name] = None if reply is None else reply.unpack()[0]
-            if len(values) == len(wanted):
+            if len(values) == complete:
                 self._finish(unit, None if failed else facts(unit, values))
 
         path = unit_path(unit)
-        for interface, name, _ in wanted:
-            self._queue.append((path, interface, name, "Get", partial(got, name)))
+        for interface, name in wanted:
+            self._queue.append((path, interface, name, partial(got, name)))
         self._pump()
 
     def _finish(self, unit: str, result: UnitFacts | None) -> None:
@@ -153,13 +166,13 @@ class SystemdWatch:
             self._ended.popitem(last=False)
         if unit in self._again:
             self._reading[unit] = self._again.pop(unit)
-            self._begin(unit)
+            self._begin(unit, NOTHING)
         for done in waiting:
             done(result)
 
     def _pump(self) -> None:
         while self._queue and self._under_way < WINDOW:
-            path, interface, name, method, done = self._queue.popleft()
+            path, interface, name, done = self._queue.popleft()
             self._under_way += 1
 
             def answered(reply: Any, done: Callable[[object], None] = done) -> None:
@@ -167,8 +180,7 @@ class SystemdWatch:
                 done(reply)
                 self._pump()
 
-            arguments = GLib.Variant("(ss)", (interface, name))
-            self._call(path, "org.freedesktop.DBus.Properties", method, arguments, answered)
+            self._call(path, "org.freedesktop.DBus.Properties", "Get", which(interface, name), answered)
 
     def _call(self, path: str, interface: str, method: str, arguments: Any, done: Callable[[Any], None]) -> None:
         def answered(connection: Any, result: Any) -> None:
@@ -225,6 +237,12 @@ class SystemdWatch:
         if new:
             # A new bus client: subscriptions are gone with the old one (daemon-reexec).
             self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: self._refresh())
+
+
+@cache
+def which(interface: str, name: str) -> Any:
+    """Return the arguments of Properties.Get, which are few and wanted for every unit."""
+    return GLib.Variant("(ss)", (interface, name))
 
 
 def strip(handler: Callable[..., None], sender: str, path: str, interface: str, signal: str, values: Any) -> None:
