@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
 from gi.repository import Gio, GLib
 
+from cgpolicy.directcall import DirectCalls
 from cgpolicy.systemd import MANAGER, MANAGER_PATH, SERVICE, UnitFacts, facts, properties, unit_path
 from cgpolicy.unitname import POLICY_TYPES, unit_type
 
@@ -42,6 +44,7 @@ class SystemdWatch:
         refresh: Callable[[], None],
     ) -> None:
         self._bus = bus
+        self._direct = DirectCalls(bus.con, SERVICE, TIMEOUT_MS)
         self._loaded = loaded
         self._removed = removed
         self._refresh = refresh
@@ -81,12 +84,11 @@ class SystemdWatch:
         """Hand over the loaded units that can have a policy with their LoadState, None if PID 1 does not answer."""
         asked = self._anew
 
-        def listed(reply: Any) -> None:
+        def listed(rows: Iterable[tuple[str, ...]] | None) -> None:
             self._listed = asked
-            rows = reply.unpack()[0] if reply is not None else []
-            done({row[0]: row[2] for row in rows if unit_type(row[0]) in POLICY_TYPES} or None)
+            done({name: sys.intern(state) for name, state in rows or () if unit_type(name) in POLICY_TYPES} or None)
 
-        self._call(MANAGER_PATH, MANAGER, "ListUnits", None, listed)
+        self._direct.table(MANAGER_PATH, MANAGER, "ListUnits", (0, 2), listed)
 
     def read_all(self, units: Mapping[str, str], done: Callable[[list[UnitFacts]], None]) -> None:
         """Read many units whose LoadState is known; done comes once, with those that could be read.
@@ -145,11 +147,11 @@ class SystemdWatch:
         complete = len(values) + len(wanted)
         failed = False
 
-        def got(name: str, reply: Any) -> None:
+        def got(name: str, value: object) -> None:
             nonlocal failed
-            if reply is None:
+            if value is None:
                 failed = True
-            values[name] = None if reply is None else reply.unpack()[0]
+            values[name] = value
             if len(values) == complete:
                 self._finish(unit, None if failed else facts(unit, values))
 
@@ -175,12 +177,12 @@ class SystemdWatch:
             path, interface, name, done = self._queue.popleft()
             self._under_way += 1
 
-            def answered(reply: Any, done: Callable[[object], None] = done) -> None:
+            def answered(value: object, done: Callable[[object], None] = done) -> None:
                 self._under_way -= 1
-                done(reply)
+                done(value)
                 self._pump()
 
-            self._call(path, "org.freedesktop.DBus.Properties", "Get", which(interface, name), answered)
+            self._direct.get(path, interface, name, answered)
 
     def _call(self, path: str, interface: str, method: str, arguments: Any, done: Callable[[Any], None]) -> None:
         def answered(connection: Any, result: Any) -> None:
@@ -237,12 +239,6 @@ class SystemdWatch:
         if new:
             # A new bus client: subscriptions are gone with the old one (daemon-reexec).
             self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: self._refresh())
-
-
-@cache
-def which(interface: str, name: str) -> Any:
-    """Return the arguments of Properties.Get, which are few and wanted for every unit."""
-    return GLib.Variant("(ss)", (interface, name))
 
 
 def strip(handler: Callable[..., None], sender: str, path: str, interface: str, signal: str, values: Any) -> None:
