@@ -6,13 +6,13 @@ For one look at a time, with or without the daemon; the daemon's own running pic
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from cgpolicy.error import NotSupported, UserError
 from cgpolicy.libsystemd import part
-from cgpolicy.setting import Setting, read_setting
+from cgpolicy.setting import SECTION, UNSET, Setting, read_setting
 from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, bus_label_escape, check, unit_type
 
 SERVICE = "org.freedesktop.systemd1"
@@ -21,6 +21,11 @@ MANAGER = "org.freedesktop.systemd1.Manager"
 UNIT = "org.freedesktop.systemd1.Unit"
 
 TRANSIENT = "/run/systemd/transient/"  # gone with the unit
+
+# Most files have no such section, however misspelled, and no line that ends a file for systemd before it is read:
+# not valid UTF-8 (said of any that is not ASCII), longer than a mebibyte (or the file is), a header without end.
+MENTION = re.compile(SECTION.removeprefix("X-").encode(), re.IGNORECASE)
+PLAIN = re.compile(rb"(?:(?:[^\0\r\n\[\x80-\xff][^\0\r\n\x80-\xff]*|\[[^\0\r\n\x80-\xff]*\])?\n)*")
 
 INTERFACES = {kind: f"{SERVICE}.{kind.capitalize()}" for kind in POLICY_TYPES}
 
@@ -88,10 +93,13 @@ def read_files(paths: Iterable[str]) -> Setting:
     files = []
     for path in paths:
         try:
-            files.append((path, Path(path).read_bytes()))
+            with open(path, "rb", buffering=0) as file:
+                content = file.readall()
         except OSError:
             continue
-    return read_setting(files)
+        if MENTION.search(content) or len(content) >= 1 << 20 or not PLAIN.fullmatch(content):
+            files.append((path, content))
+    return read_setting(files) if files else UNSET
 
 
 def with_drop_in(files: tuple[str, ...], path: str) -> tuple[str, ...]:
