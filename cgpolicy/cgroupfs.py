@@ -164,6 +164,23 @@ class CgroupTree:
         except OSError:
             return []
 
+    def units(self) -> dict[str, str]:
+        """Return the cgroup of every unit that has one, the root slice excepted.
+
+        A unit's cgroup lies in its slice's and is named after it (unit_default_cgroup_path() in systemd's
+        src/core/cgroup.c); what lies below a unit that is no slice is that unit's own business.
+        """
+        found: dict[str, str] = {}
+        pending = [""]
+        while pending:
+            parent = pending.pop()
+            for directory in self.children(parent):
+                name, cgroup = unit_of_directory(directory), f"{parent}/{directory}"
+                found[name] = cgroup
+                if name.endswith(".slice"):
+                    pending.append(cgroup)
+        return found
+
     def find(self, cgroup_id: int) -> str | None:
         """Return the cgroup with an id, None if there is none any more; walks the whole hierarchy."""
         pending = [""]

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import pydbus
 from gi.repository import GLib
-from pystemd import daemon as sd_daemon
 
 from cgpolicy import __version__, enforcement, journal
 from cgpolicy.action import Action
@@ -33,6 +34,7 @@ from cgpolicy.client import NAME
 from cgpolicy.enforcement import Enforcement
 from cgpolicy.enforcer import Armed, Ended, Enforcer, Fault, Missed, Unarmed
 from cgpolicy.error import UserError
+from cgpolicy.libsystemd import part
 from cgpolicy.losses import FileLoss, LossReader, by_file
 from cgpolicy.machined import MachineWatch
 from cgpolicy.policyfile import PolicyFiles
@@ -42,6 +44,8 @@ from cgpolicy.systemd import UnitFacts
 from cgpolicy.systemd_watch import SystemdWatch
 from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import ROOT_SLICE, unit_type
+
+sd_daemon = part("daemon")
 
 SWEEP_SECONDS = 600
 
@@ -58,6 +62,14 @@ def lasting(handler: Callable[..., None]) -> Callable[..., bool]:
         return True
 
     return call
+
+
+def give_back_memory() -> None:
+    """Return to the kernel what a round over all units took for a moment, and the C library keeps for the next one."""
+    _libc.malloc_trim(0)
+
+
+_libc = ctypes.CDLL(None)
 
 
 class Daemon:
@@ -176,18 +188,23 @@ class Daemon:
         self._refreshing = True
         waiting, self._refresh_asked = self._refresh_asked, []
 
-        def listed(names: list[str] | None) -> None:
+        def listed(loaded: dict[str, str] | None) -> None:
             # PID 1 that does not answer, executed anew for instance, is no reason to forget what it said.
-            names = list(self.reconciler.units) if names is None else self.reconciler.with_kept(names)
-            self.watch.read_all(names, partial(self._refreshed, waiting, names))
+            if loaded is None:
+                loaded = dict.fromkeys(self.reconciler.units, "")
+            else:
+                loaded |= dict.fromkeys(self.reconciler.kept(loaded), "")
+            self.watch.read_all(loaded, partial(self._refreshed, waiting, list(loaded)))
 
         self.watch.list_units(listed)
 
     def _refreshed(self, waiting: list[Callable[[], None]], names: list[str], units: list[UnitFacts]) -> None:
-        found = {facts.name: facts for facts in units}
+        cgroups = self.tree.units()
+        found = {facts.name: replace(facts, cgroup=cgroups.get(facts.name, "")) for facts in units}
         known = {name: self.reconciler.units[name].facts for name in names if name in self.reconciler.units}
         self.reconciler.replace_all(facts for facts in (known | found).values() if facts.exists)
         self._refreshing = False
+        give_back_memory()
         if self.face is not None:
             self.face.manager_changed()
         for done in waiting:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pystemd import journal
-
+from cgpolicy.libsystemd import part
 from cgpolicy.losses import FileLoss
 from cgpolicy.unitfile import Problem
+
+journal = part("journal")
 
 SOCKET = Path("/run/systemd/journal/socket")
 IDENTIFIER = "cgpolicyd"

@@ -42,6 +42,10 @@ class State(enum.StrEnum):
     FAILED = "failed"
 
 
+NO_PROBLEMS: frozenset[Problem] = frozenset()
+NO_EFFECT = Effective(Action.CONTINUE, "")
+
+
 @dataclass(slots=True)
 class Unit:
     """A unit with what is wanted of it (own, decision) and what is seen (the rest)."""
@@ -51,11 +55,11 @@ class Unit:
     decision: Decision = UNDECIDED
     state: State = State.INACTIVE
     error: str = ""
-    effective: Effective = Effective(Action.CONTINUE, "")
+    effective: Effective = NO_EFFECT
     cgroup_id: int = 0
     asked: bool = False  # a client wants to know of it
     corrected: bool = False  # put right once in this cgroup; not a second time
-    reported: frozenset[Problem] = frozenset()
+    reported: frozenset[Problem] = NO_PROBLEMS
     told: tuple[object, ...] = ()  # visible() when it was last reported
 
     @property
@@ -80,6 +84,10 @@ class Unit:
         """What a client can see without reading counters; a change of it is worth a signal."""
         seen = (self.state, self.error, self.effective, self.facts.cgroup, self.cgroup_id)
         return (self.configured, self.source, *seen)
+
+
+# What a unit shows that does not run and has nothing configured.
+PLAIN = ("", (SourceKind.NONE, "", 0), State.UNSET, "", NO_EFFECT, "", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +166,11 @@ class Reconciler:
         wanted = unit.asked or (unit.configured and fragment.name == unit.name)
         return bool(wanted) and fragment.is_file()
 
-    def with_kept(self, loaded: list[str]) -> list[str]:
-        """Return the units that PID 1 has loaded, and those with a policy that are kept though it has not."""
+    def kept(self, loaded: Iterable[str]) -> list[str]:
+        """Return the units with a policy that are kept though PID 1 has unloaded them; it has loaded these."""
         for name in loaded:
             self._kept.pop(name, None)
-        return [*loaded, *(name for name in self._kept if self.units[name].configured)]
+        return [name for name in self._kept if self.units[name].configured]
 
     def remove(self, name: str) -> None:
         """Forget a unit."""
@@ -196,7 +204,13 @@ class Reconciler:
 
     def cgroup_written(self, cgroup: str) -> None:
         """Compare a cgroup and those below, whom its file binds, with what they should say: somebody wrote it."""
-        below = f"{cgroup}/"
+        name, below = unit_of_directory(cgroup.rpartition("/")[2]), f"{cgroup}/"
+        if unit_type(name) != "slice":
+            # Named after its unit, and no other unit's cgroup lies in it.
+            unit = self.units.get(name)
+            if unit is not None and unit.facts.cgroup == cgroup:
+                self._settle(unit)
+            return
         for unit in list(self.units.values()):
             if unit.facts.cgroup == cgroup or unit.facts.cgroup.startswith(below):
                 self._settle(unit)
@@ -308,27 +322,29 @@ class Reconciler:
     def _settle(self, unit: Unit) -> None:
         """Decide, apply, look, and report if anything that a client can see is different."""
         by_uuid, by_name = self._rule(self.machine_uuid(unit.name)), self._rule(machine_name(unit.name))
-        unit.decision = resolve(
-            unit.name,
-            unit.own,
-            machine_uuid=by_uuid,
-            machine_name=by_name,
-            slices=[
-                (name, self.units[name].own)
-                for name in (parent_slices(unit.facts.slice) if unit.facts.slice else [])
-                if name in self.units
-            ],
-        )
+        slices = [
+            (name, self.units[name].own)
+            for name in (parent_slices(unit.facts.slice) if unit.facts.slice else [])
+            if name in self.units and self.units[name].own is not UNSET
+        ]
+        if unit.own is UNSET and not (by_uuid or by_name or slices):
+            unit.decision = UNDECIDED
+        else:
+            unit.decision = resolve(
+                unit.name, unit.own, machine_uuid=by_uuid, machine_name=by_name, slices=slices
+            )
         problems = [problem for setting in (unit.own, by_uuid, by_name) if setting for problem in setting.problems]
         for problem in problems:
             if problem not in unit.reported:
                 self.reports.problem(unit.name, problem)
-        unit.reported = frozenset(problems)
+        unit.reported = frozenset(problems) if problems else NO_PROBLEMS
         self._apply(unit)
         self.reports.settled(unit)
-        unit.effective = self.tree.effective(unit.facts.cgroup)
-        if unit.visible() != unit.told:
-            unit.told = unit.visible()
+        unit.effective = self.tree.effective(unit.facts.cgroup) if unit.cgroup_id else NO_EFFECT
+        visible = unit.visible()
+        if visible != unit.told:
+            # Most of many units look alike: one tuple for all of them.
+            unit.told = PLAIN if visible == PLAIN else visible
             self.reports.changed(unit)
 
     def _apply(self, unit: Unit) -> None:

@@ -6,12 +6,13 @@ For one look at a time, with or without the daemon; the daemon's own running pic
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from cgpolicy.error import NotSupported, UserError
-from cgpolicy.setting import Setting, read_setting
+from cgpolicy.libsystemd import part
+from cgpolicy.setting import SECTION, UNSET, Setting, read_setting
 from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, bus_label_escape, check, unit_type
 
 SERVICE = "org.freedesktop.systemd1"
@@ -20,6 +21,11 @@ MANAGER = "org.freedesktop.systemd1.Manager"
 UNIT = "org.freedesktop.systemd1.Unit"
 
 TRANSIENT = "/run/systemd/transient/"  # gone with the unit
+
+# Most files have no such section, however misspelled, and no line that ends a file for systemd before it is read:
+# not valid UTF-8 (said of any that is not ASCII), longer than a mebibyte (or the file is), a header without end.
+MENTION = re.compile(SECTION.removeprefix("X-").encode(), re.IGNORECASE)
+PLAIN = re.compile(rb"(?:(?:[^\0\r\n\[\x80-\xff][^\0\r\n\x80-\xff]*|\[[^\0\r\n\x80-\xff]*\])?\n)*")
 
 INTERFACES = {kind: f"{SERVICE}.{kind.capitalize()}" for kind in POLICY_TYPES}
 
@@ -87,10 +93,13 @@ def read_files(paths: Iterable[str]) -> Setting:
     files = []
     for path in paths:
         try:
-            files.append((path, Path(path).read_bytes()))
+            with open(path, "rb", buffering=0) as file:
+                content = file.readall()
         except OSError:
             continue
-    return read_setting(files)
+        if MENTION.search(content) or len(content) >= 1 << 20 or not PLAIN.fullmatch(content):
+            files.append((path, content))
+    return read_setting(files) if files else UNSET
 
 
 def with_drop_in(files: tuple[str, ...], path: str) -> tuple[str, ...]:
@@ -114,27 +123,23 @@ class SystemdManager:
     """A connection to PID 1 by the system bus, for programs that ask and end."""
 
     def __init__(self) -> None:
-        # Here and not above: pystemd takes longer to import than the rest of the command together.
-        from pystemd.dbusexc import DBusBaseError
-        from pystemd.dbuslib import DBus
-
-        self._bus = DBus()
+        # Here and not above: most who import this module do not ask PID 1 this way.
+        self._failed = part("dbusexc").DBusBaseError
+        self._bus = part("dbuslib").DBus()
         try:
             self._bus.open()
-        except DBusBaseError as error:
+        except self._failed as error:
             raise UserError(f"no system bus to reach systemd by: {error}", hint="is dbus.service running?") from None
 
     def close(self) -> None:
         self._bus.close()
 
     def _get(self, path: str, interface: str, name: str, signature: str) -> object:
-        from pystemd.dbusexc import DBusBaseError
-
         try:
             value = self._bus.get_property(
                 SERVICE.encode(), path.encode(), interface.encode(), name.encode(), signature.encode()
             )
-        except DBusBaseError as error:
+        except self._failed as error:
             raise UserError(f"systemd does not tell {name}: {error}", hint="this needs systemd as PID 1") from None
         if isinstance(value, list):
             return [item.decode() for item in value]

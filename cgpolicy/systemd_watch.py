@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 from gi.repository import GLib
@@ -24,11 +27,11 @@ TIMEOUT_MS = 120_000
 # An announcement so soon after a read is put off: it was made by the read if the unit is unloaded right after it.
 ECHO_MS = 100
 
-PROPERTIES = "org.freedesktop.DBus.Properties"
-
 Values = tuple[Any, ...] | None  # of an answer; None instead of an error
 Answered = Callable[[Values], None]
+Ask = Callable[[Callable[[Any], None]], None]  # sends a question; what it is given takes the answer
 Read = Callable[[UnitFacts | None], None]
+NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 class SystemdWatch:
@@ -46,7 +49,7 @@ class SystemdWatch:
         self._loaded = loaded
         self._removed = removed
         self._refresh = refresh
-        self._queue: deque[tuple[str, str, str, Any, Answered]] = deque()
+        self._queue: deque[tuple[Ask, Callable[[Any], None]]] = deque()
         self._under_way = 0
         self._reading: dict[str, list[Read]] = {}
         self._again: dict[str, list[Read]] = {}
@@ -78,21 +81,24 @@ class SystemdWatch:
         )
         self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda values: None)
 
-    def list_units(self, done: Callable[[list[str] | None], None]) -> None:
-        """Hand over the names of the loaded units that can have a policy, None if PID 1 does not answer."""
+    def list_units(self, done: Callable[[dict[str, str] | None], None]) -> None:
+        """Hand over the loaded units that can have a policy with their LoadState, None if PID 1 does not answer."""
         asked = self._anew
 
-        def listed(values: Values) -> None:
+        def listed(rows: Iterable[tuple[str, ...]] | None) -> None:
             self._listed = asked
-            names = [row[0] for row in values[0]] if values is not None else None
-            done(names and [name for name in names if unit_type(name) in POLICY_TYPES])
+            done({name: sys.intern(state) for name, state in rows or () if unit_type(name) in POLICY_TYPES} or None)
 
-        self._call(MANAGER_PATH, MANAGER, "ListUnits", None, listed)
+        buscall.table(self._bus.con, SERVICE, MANAGER_PATH, MANAGER, "ListUnits", (0, 2), TIMEOUT_MS, listed)
 
-    def read_all(self, units: list[str], done: Callable[[list[UnitFacts]], None]) -> None:
-        """Read many units; done comes once, with those that could be read."""
+    def read_all(self, units: Mapping[str, str], done: Callable[[list[UnitFacts]], None]) -> None:
+        """Read many units whose LoadState is known; done comes once, with those that could be read.
+
+        What the cgroup file system tells of all at once is not asked for: ControlGroup is left "".
+        """
         found: list[UnitFacts] = []
         missing = len(units)
+        waiting = iter(units.items())
         if not units:
             done(found)
 
@@ -101,11 +107,16 @@ class SystemdWatch:
             missing -= 1
             if unit is not None:
                 found.append(unit)
+            begin(1)
             if not missing:
                 done(found)
 
-        for name in units:
-            self.read(name, one)
+        def begin(count: int) -> None:
+            for name, load_state in islice(waiting, count):
+                self.read(name, one, {"LoadState": load_state, "ControlGroup": ""} if load_state else {})
+
+        # Not all at once: what is to be asked of 10,000 units takes 20 MiB, which Python would not give back.
+        begin(WINDOW)
 
     def find(self, name: str, done: Callable[[str | None], None]) -> None:
         """Hand over the name under which PID 1 keeps a unit, another one if this is an alias; None if it cannot."""
@@ -114,17 +125,18 @@ class SystemdWatch:
             label = values[0].rpartition("/")[2] if values is not None else ""
             done(bus_label_unescape(label) or None)
 
-        self._queue.append((MANAGER_PATH, MANAGER, "LoadUnit", GLib.Variant("(s)", (name,)), loaded))
+        ask = partial(self._call, MANAGER_PATH, MANAGER, "LoadUnit", GLib.Variant("(s)", (name,)))
+        self._queue.append((ask, loaded))
         self._pump()
 
-    def read(self, unit: str, done: Read) -> None:
-        """Read one unit, which PID 1 loads for it if need be; done gets None if that failed."""
+    def read(self, unit: str, done: Read, known: Mapping[str, object] = NOTHING) -> None:
+        """Read one unit but for what is known, PID 1 loading it if need be; done gets None if that failed."""
         if unit in self._reading:
             # What is under way may already be old: answer with a read that starts later.
             self._again.setdefault(unit, []).append(done)
             return
         self._reading[unit] = [done]
-        self._begin(unit)
+        self._begin(unit, known)
 
     def reload(self) -> None:
         """Ask systemd to reload its configuration, without waiting; requests made meanwhile become one."""
@@ -141,23 +153,24 @@ class SystemdWatch:
 
         self._call(MANAGER_PATH, MANAGER, "Reload", None, reloaded)
 
-    def _begin(self, unit: str) -> None:
-        values: dict[str, object] = {}
-        wanted = properties(unit)
+    def _begin(self, unit: str, known: Mapping[str, object]) -> None:
+        values = dict(known)
+        wanted = [(interface, name) for interface, name, _ in properties(unit) if name not in known]
+        complete = len(values) + len(wanted)
         failed = False
 
-        def got(name: str, answer: Values) -> None:
+        def got(name: str, value: object) -> None:
             nonlocal failed
-            if answer is None:
+            if value is None:
                 failed = True
-            values[name] = None if answer is None else answer[0]
-            if len(values) == len(wanted):
+            values[name] = value
+            if len(values) == complete:
                 self._finish(unit, None if failed else facts(unit, values))
 
         path = unit_path(unit)
-        for interface, name, _ in wanted:
-            arguments = GLib.Variant("(ss)", (interface, name))
-            self._queue.append((path, PROPERTIES, "Get", arguments, partial(got, name)))
+        for interface, name in wanted:
+            ask = partial(buscall.get, self._bus.con, SERVICE, path, interface, name, TIMEOUT_MS)
+            self._queue.append((ask, partial(got, name)))
         self._pump()
 
     def _finish(self, unit: str, result: UnitFacts | None) -> None:
@@ -169,21 +182,21 @@ class SystemdWatch:
             self._ended.popitem(last=False)
         if unit in self._again:
             self._reading[unit] = self._again.pop(unit)
-            self._begin(unit)
+            self._begin(unit, NOTHING)
         for done in waiting:
             done(result)
 
     def _pump(self) -> None:
         while self._queue and self._under_way < WINDOW:
-            path, interface, method, arguments, done = self._queue.popleft()
+            ask, done = self._queue.popleft()
             self._under_way += 1
 
-            def answered(values: Values, done: Answered = done) -> None:
+            def answered(value: Any, done: Callable[[Any], None] = done) -> None:
                 self._under_way -= 1
-                done(values)
+                done(value)
                 self._pump()
 
-            self._call(path, interface, method, arguments, answered)
+            ask(answered)
 
     def _call(self, path: str, interface: str, method: str, arguments: Any, done: Answered) -> None:
         # Of an error nothing is said: the unit went away meanwhile, or PID 1 is being executed anew, and a signal

@@ -21,6 +21,8 @@ NAME_MAX = 255  # bytes, as the kernel's file names
 VALID_CHARS = frozenset(string.ascii_letters + string.digits + ":-_.\\")
 ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
+LABEL_ESCAPED = re.compile(r"[^A-Za-z0-9]|^[0-9]")
+
 # libvirt: <driver>-<id>-<name> (virDomainDriverGenerateMachineName); the id changes at every start.
 LIBVIRT_MACHINE = re.compile(r"(?:qemu|lxc|ch|xen)-\d+-(.+)", re.DOTALL)
 
@@ -107,13 +109,7 @@ def machine_name(scope: str) -> str | None:
 def bus_label_escape(text: str) -> str:
     """Escape any text for use as one element of an object path (bus_label_escape())."""
     data = text.encode(errors="surrogateescape")
-    if not data:
-        return "_"
-    allowed = string.ascii_letters + string.digits
-    return "".join(
-        chr(byte) if chr(byte) in (allowed if position else string.ascii_letters) else f"_{byte:02x}"
-        for position, byte in enumerate(data)
-    )
+    return LABEL_ESCAPED.sub(lambda match: f"_{ord(match[0]):02x}", data.decode("latin-1")) or "_"
 
 
 def bus_label_unescape(label: str) -> str:
