@@ -160,10 +160,14 @@ class Archive:
                 raise Renewed(f"{wanted} is not on the mirror any more") from None
 
 
+class NotOffered(HarnessError):
+    """Debian has no package of a kernel series any more, or not yet."""
+
+
 def newest_archive(package: str, base: str) -> Archive:
     """Return the archive with the newest version of a package that belongs to a kernel series.
 
-    Raises HarnessError, telling what each suite said instead, if there is none any more.
+    Raises NotOffered, telling what each suite said instead, if there is none.
     """
     found: list[tuple[str, Archive]] = []
     instead = []
@@ -179,7 +183,7 @@ def newest_archive(package: str, base: str) -> Archive:
         elif not found or newer(version, found[0][0]):
             found = [(version, archive)]
     if not found:
-        raise HarnessError(
+        raise NotOffered(
             f"no {package} of {base} is to be had any more: {', '.join(instead)}",
             hint=f"choose another --base, or remove {cache_dir('apt')} to look it up again",
         )

@@ -140,7 +140,7 @@ def build(path: Path, source: Source, config: str, patches: Sequence[Path]) -> N
     """Unpack, patch, configure and build; only the image, its configuration and System.map are kept.
 
     Debian's releases come faster than ours: a patch may find its lines elsewhere in the file, but not with other
-    lines around them. patch(1) would guess then, and has put a field into another structure that way.
+    lines around them. patch(1) would guess then, and has put a field between the lines of a foreign #ifdef that way.
     """
     log = path.with_name(f"{path.name}.log")
     what = f"{source.package} {source.version}"

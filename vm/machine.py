@@ -63,6 +63,8 @@ class Request:
     packages: tuple[str, ...] = ()
     timeout: float | None = None
     smp: int = 1
+    console: Path | None = None  # also keep its log there, however the run ends
+    icount: bool = False  # the guest's time counts instructions (QEMU's -icount): slow, but repeatable
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,8 @@ def run_in_guest(request: Request, stdout: Callable[[bytes], None], stderr: Call
         with Machine(request, kernel, root, payload, console, {"stdout": stdout, "stderr": stderr}) as machine:
             outcome = machine.run()
         keep = outcome.console_path is not None
+        if request.console:
+            shutil.copy(console, request.console)
         payload.unlink()
         return outcome
     finally:
@@ -227,7 +231,9 @@ class Machine:
         )
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-machine", "q35"]
-        command += ["-accel", "kvm" if has_kvm() else "tcg,thread=single"]
+        command += ["-accel", "kvm" if has_kvm() and not self.request.icount else "tcg,thread=single"]
+        if self.request.icount:
+            command += ["-icount", "shift=1,sleep=off"]
         command += ["-cpu", CPU, "-smp", str(self.request.smp), "-m", str(MEMORY_MIB)]
         command += ["-action", "panic=none", "-device", "pvpanic-pci"]
         command += ["-kernel", str(kernel.image), "-append", arguments]

@@ -3,22 +3,33 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 
-from tests.kernel.conftest import Guest, Result
+from tests.kernel.conftest import KERNELS, OWN_SELFTESTS_OF, Guest, Result
+from tests.kernel.guest.cases import CASES, MORE_CASES
+from tests.scale import is_full, scaled
 
 PANICKED = 99
+SELFTEST_TOTALS = {"test_failure_dirty": (6, 0), "memory-failure-dirty": (5, 1)}
+INJECTIONS = ("inject", "srao", "madvise")
 
 
-@pytest.mark.script("matrix")
-@pytest.mark.parametrize("injection", ["inject", "srao"])
-def test_matrix(result: Result, injection: str) -> None:
+PANICS = {
+    "v6.12": [("ext4", "write", "srao", "self"), ("xfs", "large", "inject", "parent")],
+    "v7": [("ext4", "large-mmap", "madvise", "parent"), ("vfat", "mmap", "srao", "self")],
+}
+
+
+@pytest.mark.script("matrix", "BASE")
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_matrix(guest: Guest, result: Result, injection: str) -> None:
     """The right action, line, counters, trace event and EIO for each file system and way to write."""
     cases = result.objects()
     assert [case for case in cases if "error" in case] == []
-    assert len(cases) == 18 and result.status == 0
+    assert len(cases) == 2 * len(matrix(guest.base)) and result.status == 0
     assert {case["fsync"] for case in cases} == {"EIO"}
     assert {case["fate"] for case in cases} == {"dropped", "kept", "unsplit"}
 
@@ -27,46 +38,64 @@ def test_matrix(result: Result, injection: str) -> None:
 def test_negatives(result: Result) -> None:
     """Under panic, what is no dirty file data changes nothing."""
     assert result.status == 0
-    assert len(re.findall("^ok ", result.stdout, re.MULTILINE)) == 11
+    assert len(re.findall("^ok ", result.stdout, re.MULTILINE)) == 12
 
 
-@pytest.mark.script("hierarchy")
+@pytest.mark.script("hierarchy", "BASE", scaled(500, 10_000))
 def test_hierarchy(result: Result) -> None:
-    """The file, delegation, hierarchy, groups and counters: one test function each in it."""
+    """The file, delegation, hierarchy, groups, counters and the storm: one test function each in it."""
     assert not re.findall("^not ok .*", result.stdout, re.MULTILINE)
     assert result.stdout.startswith(f"1..{len(re.findall('^ok ', result.stdout, re.MULTILINE))}\n")
     assert result.status == 0
 
 
-@pytest.mark.script("kill", "reread", "10")
+@pytest.mark.script("kill", "reread", scaled(10, 100))
 @pytest.mark.parametrize("injection", ["inject", "srao"])
 def test_no_stale_read(result: Result, injection: str) -> None:
     """A group that is killed reads nothing stale; the control, which goes on, does."""
     assert result.status == 0
     (counts,) = result.objects()
-    assert counts["kill"][0] > 0
-    assert counts["kill"][1:] == [0, 0]
-    assert counts["continue"][1] > 0 and counts["continue"][2] > 0
+    assert counts["rounds"] == scaled(10, 100) and counts["kill"][0] > 0
+    assert counts["kill"][1:] == [0, 0, 0]
+    assert min(counts["continue"]) > 0
 
 
-@pytest.mark.script("kill", "fork", "20", "inject")
+@pytest.mark.script("kill", "fork", scaled(10, 50), "inject")
 def test_no_survivor(result: Result) -> None:
     """A group that forks, clones and moves as fast as it can is killed as a whole."""
     assert result.status == 0
     (counts,) = result.objects()
-    assert counts["rounds"] == 20 and counts["forks"] > 20 * 300
+    assert counts["rounds"] == scaled(10, 50) and counts["forks"] > counts["rounds"] * 300
 
 
 @pytest.mark.script("selftest")
-def test_selftest(result: Result) -> None:
-    """The selftest of the series passes, with nothing skipped."""
-    assert "# Totals: pass:6 fail:0 xfail:0 xpass:0 skip:0 error:0" in result.stdout
+@pytest.mark.parametrize("name", SELFTEST_TOTALS)
+def test_selftest(result: Result, name: str) -> None:
+    """The selftests of the series pass; nothing is skipped but what panics."""
+    passed, skipped = SELFTEST_TOTALS[name]
+    assert f"# Totals: pass:{passed} fail:0 xfail:0 xpass:0 skip:{skipped} error:0" in result.stdout
     assert result.status == 0
 
 
+def matrix(base: str) -> list[tuple[str, str, str]]:
+    return CASES + MORE_CASES[base]
+
+
+def panics(base: str) -> list[tuple[str, str, str, str]]:
+    """Return what is lost under panic: file system, how, injection, and whose the value is."""
+    if not is_full():
+        return PANICS[base]
+    return [
+        (kind, how, injection, ("self", "parent")[number % 2])
+        for number, ((kind, how, _), injection) in enumerate(itertools.product(matrix(base), INJECTIONS))
+    ]
+
+
 @pytest.mark.parametrize(
-    ("fs", "how", "injection", "where"),
-    [("ext4", "write", "srao", "self"), ("xfs", "large", "inject", "parent"), ("vfat", "mmap", "srao", "self")],
+    ("guest", "fs", "how", "injection", "where"),
+    [(kernel, *case) for kernel in KERNELS for case in panics(kernel.partition("-")[0])],
+    indirect=["guest"],
+    scope="session",
 )
 def test_panic(guest: Guest, fs: str, how: str, injection: str, where: str) -> None:
     """The kernel panics with the exact message, and the line that says what was lost comes before it."""
@@ -84,3 +113,26 @@ def test_panic(guest: Guest, fs: str, how: str, injection: str, where: str) -> N
     assert f" ino {expected['ino']} pos {expected['pos']} " in lost[0]
     assert lost[0].endswith(f" memcg {expected['memcg']} action panic")
     assert f"{expected['pfn']}: recovery action" not in before + after, "the page was handled before the panic"
+
+
+@pytest.mark.skipif(not is_full(), reason="another machine to panic: tests/run --full")
+def test_selftest_panics(guest: Guest) -> None:
+    """The destructive part of the selftest does what it is for."""
+    result = guest.run("destructive")
+    assert result.status == PANICKED
+    assert "# panic: about to panic\n" in result.stdout
+    assert "dirty page cache lost, memory.failure_dirty_action=panic\n" in result.stderr
+
+
+@pytest.mark.skipif(not is_full(), reason="builds two more kernels: tests/run --full")
+def test_own_selftests(guest: Guest) -> None:
+    """The kernel's own selftests give the same results with the series and without it."""
+    if guest.debug:
+        pytest.skip("compared on the kernels that do not check themselves")
+    results = {}
+    for kind in ("unpatched", "patched"):
+        done = guest.run("own", *OWN_SELFTESTS_OF[guest.base], kind=kind)
+        results[kind] = {said["name"]: (said["status"], said["results"]) for said in done.objects()}
+    assert results["patched"] == results["unpatched"]
+    assert set(results["patched"]) == set(OWN_SELFTESTS_OF[guest.base])
+    assert all(found for _, found in results["patched"].values())

@@ -8,19 +8,21 @@ and in those that leave out what the series adds to.
 from __future__ import annotations
 
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.kernel.conftest import SERIES, run
+from tests.kernel.conftest import BASES, SERIES, run, source
 from vm.host import install_packages
-from vm.kernel import FRAGMENT, HOST_PACKAGES
+from vm.kernel import HOST_PACKAGES, fragments, made_against
 
 # What is left out of the guest's configuration, and the objects in which that makes a difference.
 OBJECTS = {
     (): ("mm/memory-failure.o", "mm/memcontrol.o", "kernel/cgroup/cgroup.o", "drivers/ras/ras.o"),
     ("MEMORY_FAILURE", "HWPOISON_INJECT"): ("mm/memcontrol.o", "drivers/ras/ras.o"),
+    ("MEMCG",): ("mm/memory-failure.o", "drivers/ras/ras.o"),
     ("CGROUPS", "SCHED_AUTOGROUP"): ("mm/memory-failure.o", "drivers/ras/ras.o"),
 }
 
@@ -28,13 +30,13 @@ OBJECTS = {
 class Build:
     """An output directory with a configuration of its own, and what the compiler and sparse say."""
 
-    def __init__(self, linux: Path, without: tuple[str, ...]) -> None:
+    def __init__(self, linux: Path, base: str, without: tuple[str, ...]) -> None:
         self.linux, self.objects = linux, OBJECTS[without]
         self.name = "-".join(["build", *without])
-        self.output = linux.parent / self.name
+        self.output = linux.parent / f"{base}-{self.name}"
         self.output.mkdir()
         wanted = self.output / "wanted"
-        wanted.write_text(FRAGMENT.read_text() + "".join(f"CONFIG_{symbol}=n\n" for symbol in without))
+        wanted.write_text(fragments(base) + "".join(f"CONFIG_{symbol}=n\n" for symbol in without))
         self.make("allnoconfig", f"KCONFIG_ALLCONFIG={wanted}")
         config = (self.output / ".config").read_text()
         for symbol in ("CGROUPS", "MEMCG", "MEMORY_FAILURE"):
@@ -54,38 +56,61 @@ class Build:
         return Counter(f"{file.rpartition('/')[2]}: {re.sub(r'[0-9]+', 'N', text)}" for file, text in found)
 
 
-def test_series_is_complete() -> None:
+def kernel_doc(linux: Path) -> Counter[str]:
+    """Return what the kernel's own tool finds fault with in the comments of the files that the series touches."""
+    tool = next(path for path in (linux / "scripts/kernel-doc", linux / "scripts/kernel-doc.py") if path.exists())
+    files = ("include/linux/memcontrol.h", "kernel/cgroup/cgroup.c", "mm/memcontrol.c", "mm/memory-failure.c")
+    done = subprocess.run([tool, "-none", *files], cwd=linux, capture_output=True, text=True, check=False)
+    found = re.findall(r"^(?:Warning: )?(\S+?):\d+:? (?:warning: )?(.*)$", done.stderr, re.MULTILINE | re.IGNORECASE)
+    return Counter(f"{file}: {text}" for file, text in found)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_series_is_complete(base: str) -> None:
     """File names and cover letter number the patches as their subjects do, and none carries a sign-off."""
-    letter = (SERIES[0].parent / "0000-cover-letter.txt").read_text()
-    assert len(SERIES) == 8 and f"[PATCH 0/{len(SERIES)}]" in letter
-    for number, patch in enumerate(SERIES, 1):
+    series = SERIES[base]
+    letter = (series[0].parent / "0000-cover-letter.txt").read_text()
+    assert len(series) == 9 and f"[PATCH 0/{len(series)}]" in letter
+    for number, patch in enumerate(series, 1):
         text = patch.read_text()
         assert patch.name.startswith(f"{number:04}-")
         headers, _, body = text.partition("\n\n")
-        _, numbered, title = headers.replace("\n ", " ").partition(f"\nSubject: [PATCH {number}/{len(SERIES)}] ")
+        _, numbered, title = headers.replace("\n ", " ").partition(f"\nSubject: [PATCH {number}/{len(series)}] ")
         assert numbered and f"\n  {number}  {title}\n" in letter
         assert "\nAssisted-by: " in text
         assert "Signed-off-by:" not in text
         assert [line for line in body.partition("\n---\n")[0].splitlines() if len(line) > 75] == []
+    assert made_against(base)
 
 
-@pytest.mark.parametrize("patch", SERIES, ids=lambda patch: patch.name[:4])
-def test_checkpatch(linux: Path, patch: Path) -> None:
+def test_bases_are_in_step() -> None:
+    """Both bases get the same patches."""
+    first, *others = ([patch.name for patch in SERIES[base]] for base in BASES)
+    assert all(names == first for names in others)
+
+
+def test_checkpatch(linux: Path, base: str) -> None:
     install_packages(["perl"])
-    said = run(["scripts/checkpatch.pl", "--strict", "--no-signoff", "--no-tree", patch], cwd=linux)
-    assert re.search(r"^total: 0 errors, 0 warnings, 0 checks, \d+ lines checked$", said, re.MULTILINE)
+    said = run(["scripts/checkpatch.pl", "--strict", "--no-signoff", "--no-tree", *SERIES[base]], cwd=linux)
+    totals = re.findall(r"^total: 0 errors, 0 warnings, 0 checks, \d+ lines checked$", said, re.MULTILINE)
+    assert len(totals) == len(SERIES[base])
 
 
-def test_each_patch_compiles(linux: Path) -> None:
-    """The series applies patch after patch without fuzz, and none adds a warning, in any configuration."""
+def test_each_patch_compiles(linux: Path, base: str) -> None:
+    """The series applies patch after patch without fuzz, and none adds a warning, in any configuration.
+
+    On the version that it was made against, each hunk is where the patch says.
+    """
     install_packages((*HOST_PACKAGES, "libssl-dev", "perl", "python3", "sparse"))
-    tree = linux.with_name("patched")
+    tree = linux.with_name(f"patched-{base}")
     run(["cp", "-al", linux, tree], cwd=linux)  # patch replaces files
-    builds = [Build(tree, without) for without in OBJECTS]
-    known = [build.warnings() for build in builds]
-    for patch in SERIES:
+    builds = [Build(tree, base, without) for without in OBJECTS]
+    known, faults = [build.warnings() for build in builds], kernel_doc(tree)
+    moved = source(base).version != made_against(base)
+    for patch in SERIES[base]:
         said = run(["patch", "-p1", "--fuzz=0", "--no-backup-if-mismatch", "-i", patch], cwd=tree)
-        assert "offset" not in said, said
+        assert moved or "offset" not in said, said
         for build, old in zip(builds, known, strict=True):
             new = build.warnings() - old
             assert not new, f"{patch.name}, {build.name}: {dict(new)}"
+    assert not kernel_doc(tree) - faults

@@ -7,6 +7,7 @@ from __future__ import annotations
 import mmap
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.kernel.guest.pagecache import (
     NEW,
     OLD,
     PAGE,
+    SWAPCACHE,
     Cgroup,
     KernelLog,
     Process,
@@ -25,6 +27,7 @@ from tests.kernel.guest.pagecache import (
     file_pfn,
     has_flag,
     is_dirty,
+    is_present,
     keep_quiet,
     overwrite,
     pfn_at,
@@ -33,7 +36,7 @@ from tests.kernel.guest.pagecache import (
 )
 
 HUGE = 2 << 20
-MADV_SOFT_OFFLINE = 101
+MADV_PAGEOUT, MADV_SOFT_OFFLINE = 21, 101
 
 
 def anonymous() -> tuple[int, object]:
@@ -99,6 +102,34 @@ def soft_offlined() -> tuple[int, object]:
         return pfn, mapping
 
 
+def swap_cache() -> tuple[int, object]:
+    """Return a page that was read back from swap for one of two processes that own it: the cache keeps it."""
+    swap = Path("/var/tmp/swap")
+    with open(swap, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 64 << 20)
+    swap.chmod(0o600)
+    subprocess.run(["mkswap", swap], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["swapon", swap], check=True)
+    memory = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = b"x" * PAGE
+    address = address_of(memory)
+    for _ in range(100):
+        memory.madvise(MADV_PAGEOUT)
+        if not is_present(address):
+            break
+        time.sleep(0.05)
+    check(False, is_present(address), "page present")
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.close(writer)
+        os.read(reader, 1)  # until the other process is gone
+        os._exit(0)
+    check(b"x", memory[:1], "contents after having been swapped out")
+    pfn = pfn_at(address)
+    check(True, has_flag(pfn, SWAPCACHE), "page in the swap cache")
+    return pfn, (memory, writer)
+
+
 def body(process: Process, make: Callable[[], tuple[int, object]]) -> None:
     pfn, keep = make()
     process.tell(str(pfn))
@@ -109,7 +140,7 @@ def body(process: Process, make: Callable[[], tuple[int, object]]) -> None:
 def main() -> None:
     keep_quiet()
     trace = Trace()
-    injected = (anonymous, shared_anonymous, tmpfs, memfd, hugetlbfs, clean, written_back)
+    injected = (anonymous, shared_anonymous, tmpfs, memfd, hugetlbfs, clean, written_back, swap_cache)
     cases = [(make, "inject") for make in injected]
     cases += [(make, "srao") for make in (anonymous, tmpfs, clean)]
     cases.append((soft_offlined, "itself"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import itertools
 import mmap
 import os
@@ -24,7 +25,9 @@ PAGE = mmap.PAGESIZE
 OLD, NEW = b"A", b"B"  # what is in the backing store, and what is dirty in the page cache
 
 # /proc/kpageflags (Documentation/admin-guide/mm/pagemap.rst)
-DIRTY, COMPOUND_HEAD, COMPOUND_TAIL, HWPOISON = 4, 15, 16, 19
+DIRTY, SWAPCACHE, COMPOUND_HEAD, COMPOUND_TAIL, HWPOISON = 4, 13, 15, 16, 19
+
+MADV_HWPOISON = 100  # not in module mmap
 
 CGROUPS = Path("/sys/fs/cgroup")
 HWPOISON_INJECT = Path("/sys/kernel/debug/hwpoison/corrupt-pfn")
@@ -61,10 +64,18 @@ def number_in(fd: int, index: int) -> int:
     return int.from_bytes(os.pread(fd, 8, index * 8), sys.byteorder)
 
 
+def pagemap_entry(address: int) -> int:
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        return number_in(pagemap.fileno(), address // PAGE)
+
+
+def is_present(address: int) -> bool:
+    return bool(pagemap_entry(address) >> 63)
+
+
 def pfn_at(address: int) -> int:
     """Return the page frame number behind an address of this process."""
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        entry = number_in(pagemap.fileno(), address // PAGE)
+    entry = pagemap_entry(address)
     if not entry >> 63:
         raise AssertionError(f"no page at {address:#x}")
     return entry & ((1 << 55) - 1)
@@ -160,7 +171,10 @@ class KernelLog:
 
 
 def poison(pfn: int, how: str) -> None:
-    """Report an uncorrectable error in a page and return once it was handled: "inject" or "srao"."""
+    """Report an uncorrectable error in a page and return once it was handled: "inject" or "srao".
+
+    What madvise() does is for a process that has the page mapped: see poison_own().
+    """
     log = KernelLog()
     if how == "srao":
         subprocess.run(["vm-mce", hex(pfn * PAGE)], check=True)
@@ -170,6 +184,14 @@ def poison(pfn: int, how: str) -> None:
         with contextlib.suppress(OSError), open(HWPOISON_INJECT, "w") as file:
             file.write(hex(pfn))
     log.close()
+
+
+def poison_own(fd: int, pos: int, mapping: mmap.mmap | None) -> None:
+    """Have an error in a page that this process has mapped, as if it had touched it: MADV_HWPOISON, and SIGBUS."""
+    signal.signal(signal.SIGBUS, lambda *_: None)
+    page = mapping or mmap.mmap(fd, PAGE, prot=mmap.PROT_READ, offset=pos)
+    with contextlib.suppress(OSError):  # as above
+        page.madvise(MADV_HWPOISON)
 
 
 # Control groups -------------------------------------------------------------------------------
@@ -273,6 +295,14 @@ class Process:
             raise AssertionError(f"in the child process: {text.decode()}")
         return text.decode().strip()
 
+    def rest(self) -> str:
+        """Return what it said last, now that it has ended."""
+        os.set_blocking(self.to_parent[0], False)
+        try:
+            return os.read(self.to_parent[0], 4096).decode()
+        except BlockingIOError:
+            return ""
+
     def order(self) -> None:
         os.write(self.to_child[1], b".")
 
@@ -298,6 +328,13 @@ class Process:
 
 counter = itertools.count()
 
+MKFS = {
+    "ext4": ("mkfs.ext4", "-q", "-F"),
+    "xfs": ("mkfs.xfs", "-q", "-f"),
+    "xfs16k": ("mkfs.xfs", "-q", "-f", "-b", "size=16384"),  # blocks of four pages: no smaller folios
+    "vfat": ("mkfs.vfat",),
+}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -308,27 +345,39 @@ class Target:
     device: int  # as the kernel's line has it
 
 
+def loop_device(name: str, size: int) -> Path:
+    image = Path(f"/var/tmp/{name}.img")
+    with open(image, "wb") as file:
+        file.truncate(size)
+    command = ["losetup", "--find", "--show", str(image)]
+    return Path(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+
+
+@functools.cache
+def filesystem(kind: str) -> Path:
+    """Return where a new file system of a kind is mounted; a process's children share what it has made."""
+    name = f"{kind}-{os.getpid()}"
+    loop = loop_device(name, (384 if kind.startswith("xfs") else 256) << 20)
+    mountpoint = Path("/mnt", name)
+    subprocess.run([*MKFS[kind], loop], check=True, stdout=subprocess.DEVNULL)
+    mountpoint.mkdir()
+    subprocess.run(["mount", loop, mountpoint], check=True)
+    return mountpoint
+
+
 @contextlib.contextmanager
 def target(kind: str, size: int = 1 << 20) -> Iterator[Target]:
-    """Make a file system of a kind on a loop device, and a file full of OLD in it.
+    """Make a file full of OLD on a file system of a kind; "bdev" is a block device.
 
-    "bdev" is the device itself.
+    Poisoned pages stay where they are until the machine is gone, and so does the file.
     """
-    name = f"{kind}-{os.getpid()}-{next(counter)}"
-    image, mountpoint = Path(f"/var/tmp/{name}.img"), Path(f"/mnt/{name}")
-    with open(image, "wb") as file:
-        file.truncate((384 if kind == "xfs" else 32) << 20)
-    loop = subprocess.run(
-        ["losetup", "--find", "--show", image], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
+    name = f"{os.getpid()}-{next(counter)}"
     if kind == "bdev":
-        path, device = Path(loop), os.stat(loop).st_rdev
+        path = loop_device(name, size)
+        device = path.stat().st_rdev
     else:
-        options = {"ext4": ["-q", "-F"], "xfs": ["-q", "-f"], "vfat": []}[kind]
-        subprocess.run([f"mkfs.{kind}", *options, loop], check=True, stdout=subprocess.DEVNULL)
-        mountpoint.mkdir()
-        subprocess.run(["mount", loop, mountpoint], check=True)
-        path, device = mountpoint / "file", mountpoint.stat().st_dev
+        path = filesystem(kind) / name
+        device = path.parent.stat().st_dev
     with open(path, "r+b" if kind == "bdev" else "wb") as file:
         file.write(OLD * size)
         file.flush()
@@ -336,30 +385,34 @@ def target(kind: str, size: int = 1 << 20) -> Iterator[Target]:
         # Nobody else's: a large folio with a poisoned page in it would be freed, and the page used again.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     yield Target(path, size, device)
-    # Poisoned pages of a mounted file system stay where they are until the machine is gone.
 
 
 def overwrite(path: Path, pos: int, how: str, size: int) -> tuple[int, mmap.mmap | None]:
     """Dirty the page at pos; return the open file, and the mapping if that is how it was done.
 
-    "write" and "mmap" dirty one page that is cached alone; "large" overwrites 8 KiB in a large folio that
-    readahead has built, which XFS cannot split while it is dirty.
+    "write" and "mmap" dirty one page that is cached alone. "large" and "large-mmap" overwrite a part of a large
+    folio that readahead has built: one that cannot be split while it is dirty. "whole" overwrites all of the file
+    at once, so that its large folios can be split.
     """
     fd = os.open(path, os.O_RDWR)
     mapping = None
-    if how == "large":
+    if how == "whole":
+        os.pwrite(fd, NEW * size, 0)
+    elif how.startswith("large"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while os.read(fd, 1 << 16):
             pass
-        os.pwrite(fd, NEW * 2 * PAGE, pos)
+        if how == "large":
+            os.pwrite(fd, NEW * 2 * PAGE, pos)
     else:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        if how == "mmap":
-            mapping = mmap.mmap(fd, PAGE, offset=pos)
-            mapping.madvise(mmap.MADV_RANDOM)  # page faults do not look at the file's
-            mapping[:] = NEW * PAGE
-        else:
+        if how == "write":
             os.pwrite(fd, NEW * PAGE, pos)
+    if how.endswith("mmap"):
+        mapping = mmap.mmap(fd, PAGE, offset=pos)
+        if how == "mmap":
+            mapping.madvise(mmap.MADV_RANDOM)  # page faults do not look at the file's
+        mapping[:] = NEW * PAGE
     return fd, mapping
 
 

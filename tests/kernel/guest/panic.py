@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-only
-"""panic FS HOW inject|srao self|parent: lose a page under panic, set on the owner or on its parent only.
+"""panic FS HOW inject|srao|madvise self|parent: lose a page under panic, set on the owner or on its parent only.
 
 Prints what the kernel's last lines must say; the console has them.
 """
@@ -19,6 +19,7 @@ from tests.kernel.guest.pagecache import (
     keep_quiet,
     overwrite,
     poison,
+    poison_own,
     target,
 )
 
@@ -26,9 +27,11 @@ POS = 3 * PAGE
 
 
 def body(process: Process, path: Path, how: str, size: int) -> None:
-    fd, _ = overwrite(path, POS, how, size)
+    fd, mapping = overwrite(path, POS, how, size)
     process.tell(str(file_pfn(fd, POS)))
     process.wait_for_order()
+    poison_own(fd, POS, mapping)
+    process.tell("still alive")
 
 
 def main() -> None:
@@ -51,7 +54,11 @@ def main() -> None:
         stat = file.path.stat()
         said = {"pfn": f"{pfn:#x}", "ino": stat.st_ino, "pos": POS, "memcg": owner.name}
         print(json.dumps(said), flush=True)
-        poison(pfn, injection)
+        if injection == "madvise":
+            process.order()
+            process.hear()
+        else:
+            poison(pfn, injection)
     print("still alive", flush=True)
     sys.exit(1)
 

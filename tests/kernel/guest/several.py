@@ -1,8 +1,8 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-only
-"""several SCRIPTS: run scripts one after another, and the selftest; print a JSON object each with what it said.
+"""several BASE SCRIPTS: run scripts one after another, and the selftests; print a JSON object each with what it said.
 
-SCRIPTS is a JSON array of arrays of words.
+SCRIPTS is a JSON array of arrays of words, of which "BASE" stands for the base of the series.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-SECONDS = 600
+from tests.kernel.guest.pagecache import filesystem
+
+SECONDS = 3600
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    for words in json.loads(sys.argv[1]):
-        command, directory = [sys.executable, "-m", f"tests.kernel.guest.{words[0]}", *words[1:]], "."
-        if words == ["selftest"]:
-            command, directory = [str(HERE / "test_failure_dirty")], "/var/tmp"  # on a disk
+    base, scripts = sys.argv[1:]
+    for words in json.loads(scripts):
+        arguments = [base if word == "BASE" else word for word in words]
+        command, directory = [sys.executable, "-m", f"tests.kernel.guest.{arguments[0]}", *arguments[1:]], "."
+        if words[0] == "selftest":
+            # On a disk, and on one with large folios
+            command, directory = [str(HERE / words[1])], str(filesystem("xfs"))
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             try:
                 done = subprocess.run(
