@@ -44,7 +44,7 @@ from tests.vm.guest.scene import must
 
 HERE = Path(__file__).parent
 WINDOW_SECONDS = 1.0  # how long a unit that goes on may read what it gets
-IDLE_SECONDS = 1200.0  # how long a daemon may work off a storm
+IDLE_SECONDS = 600.0  # how long a daemon may work off a storm
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Rasdaemon(Reaction):
         shutil.copy(HERE / "mem_fail_trigger", self.TRIGGERS / "mem_fail_trigger")
         (self.TRIGGERS / "mem_fail_trigger").chmod(0o755)
         actions = [f"{unit.id} {unit.action}\n" for unit in units]
-        Path("/etc/ras/dirty_actions").write_text("".join(actions) + "unknown kill\n" * self.kill_unknown)
+        Path("/etc/ras/dirty_actions").write_text("unknown kill\n" * self.kill_unknown + "".join(actions))
         # The variable is in no file that Debian installs, and TRIGGER_DIR is there, but empty.
         with open(self.DEFAULTS, "a") as file:
             file.write(f"TRIGGER_DIR={self.TRIGGERS}\nMEM_FAIL_TRIGGER=mem_fail_trigger\n")
