@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.scale import is_full, scaled
 from tests.vm.conftest import Guest, Result
 from vm.host import TREE
 
@@ -18,8 +19,21 @@ RELEASES = {"v6.1": "6.1.", "v6.12": "6.12.", "v7": "7."}
 KILLED = 9
 PANIC = 99
 
-# P3 there: the data is given up without an error for anybody (see docs/comparison.md); P1 elsewhere.
-LARGE = {"v6.1": [], "v6.12": ["xfs large"], "v7": ["xfs large", "ext4 large"]}
+ROUNDS = scaled(2, 50)
+STORM_PAGES = scaled(2000, 100_000)
+TIMEOUT = scaled(1200, 7200)
+
+# Of the true panics, the first and no more in a usual run; "large" is P3 where the kernel cannot split it.
+PANICS = [
+    ("v6.12", "xfs large", "srao"),
+    ("v6.1", "vfat write", "srao"),
+    ("v7", "ext4 write", "inject"),
+    ("v7", "ext4 large", "srao"),
+    ("v6.12", "ext4 write", "srao"),
+    ("v6.12", "vfat write", "inject"),
+    ("v6.1", "ext4 write", "srao"),
+    ("v7", "vfat write", "srao"),
+]  # fmt: skip
 
 
 def late(guest: Guest, base: str, share: Path, *words: str) -> Result:
@@ -27,7 +41,7 @@ def late(guest: Guest, base: str, share: Path, *words: str) -> Result:
         shutil.copytree(TREE / package, share / package, dirs_exist_ok=True)
     shell = 'cd /mnt/share && exec python3 -m tests.vm.guest.late "$@"'
     return guest.run(
-        "sh", "-c", shell, "sh", *words, kernel="stock", base=base, packages=PACKAGES, share=share, timeout=1200
+        "sh", "-c", shell, "sh", *words, kernel="stock", base=base, packages=PACKAGES, share=share, timeout=TIMEOUT
     )
 
 
@@ -39,7 +53,8 @@ def base(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def told(guest: Guest, base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What the guest told, by step."""
-    done = late(guest, base, tmp_path_factory.mktemp(base), "main")
+    cases = "all" if is_full() else "some"
+    done = late(guest, base, tmp_path_factory.mktemp(base), "main", cases, str(ROUNDS), str(STORM_PAGES))
     assert done.status == 0
     found: dict[str, list[dict[str, Any]]] = {}
     for line in done.stdout.splitlines():
@@ -66,8 +81,9 @@ def test_status_says_in_one_line_what_this_kernel_can_do(told: Told, base: str) 
 def test_every_action_on_every_path(told: Told) -> None:
     """Each loss is its unit's, with the page that it was; the unit does what it is set to, and no other does."""
     cases = told["loss"]
-    # 6 paths, 2 injections, 3 actions; a cgroup below the unit's; what ends the negatives.
-    assert len(cases) == 6 * 2 * 3 + 2
+    # 6 paths, 2 injections, 3 actions, or 2 cases a path; a cgroup below the unit's; what ends the negatives.
+    assert len(cases) == 6 * scaled(2, 2 * 3) + 2
+    assert {(case["injection"], case["action"]) for case in cases} >= {("srao", "kill"), ("srao", "panic")}
     for case in cases:
         loss, record, action = case["loss"], case["record"], case["action"]
         where = f"{case['path']} {case['injection']} {action}"
@@ -110,8 +126,12 @@ def test_what_is_no_loss_causes_nothing(told: Told) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["undisturbed", "reactor killed", "daemon killed", "other tracer", "probes taken away"]
-)
+    "step",
+    [
+        "undisturbed", "daemon stopped", "reactor killed", "daemon killed", "other tracer", "instance removed",
+        "probes taken away",
+    ],
+)  # fmt: skip
 def test_it_recovers(told: Told, step: str) -> None:
     (seen,) = told[step]
     assert (seen["status"], seen["reaction"]) == (KILLED, "killed")
@@ -141,24 +161,67 @@ def test_no_probe_is_left_behind(told: Told) -> None:
     assert told["killed"] == [none]
 
 
+def test_the_instance_cannot_be_removed_while_it_is_used(told: Told) -> None:
+    assert told["instance removed"][0]["refused"] == "EBUSY"
+
+
+def test_a_service_that_is_stopped_has_not_failed(told: Told) -> None:
+    assert told["stopped"][0]["result"] == ["inactive", "success"]
+
+
+def test_nobody_but_root_can_read_or_disarm(told: Told) -> None:
+    (seen,) = told["unprivileged"]
+    assert seen["reading"] != 0 and seen["disarming"] != 0 and seen["same"]
+    assert "(run as root)" in seen["said"]
+
+
+def test_no_innocent_run_is_killed(told: Told) -> None:
+    """Killed by the first of thirty losses, the unit begins anew; the others do not touch that run."""
+    rounds = told["round"]
+    assert [(each["status"], each["same"], each["restarts"]) for each in rounds] == [(KILLED, True, 1)] * ROUNDS
+    (end,) = told["innocent"]
+    assert sum(end["reactions"].values()) == 30 * ROUNDS
+    assert end["reactions"]["killed"] >= ROUNDS
+    assert "could not be carried out" not in end["reactions"]
+
+
+def test_a_storm_is_counted_and_does_not_make_the_reactor_grow(told: Told) -> None:
+    (seen,) = told["storm"]
+    assert seen["reported"] == STORM_PAGES or seen["missed"]
+    assert seen["reports"] < STORM_PAGES / 4
+    assert seen["after"] - seen["before"] < 4096  # KiB
+
+
 @pytest.mark.parametrize(
-    ("where", "path", "injection"),
-    [("v6.1", "vfat write", "srao"), ("v6.12", "xfs large", "srao"), ("v7", "ext4 write", "inject")],
+    ("lack", "said"),
+    [
+        ("nothing", "this kernel has what they need"),
+        ("permission", "run as root"),
+        ("ftrace", "sysctl kernel.ftrace_enabled=1"),
+        ("kprobes", "echo 1 > /sys/kernel/debug/kprobes/enabled"),
+        ("btf", "boot a kernel that is built with CONFIG_DEBUG_INFO_BTF"),
+        ("tracefs", "systemctl start sys-kernel-tracing.mount"),
+        ("lockdown", "boot with lockdown=integrity or none"),
+    ],
 )
+def test_what_a_kernel_lacks_is_named_with_its_cure(told: Told, lack: str, said: str) -> None:
+    (seen,) = [each for each in told["lacking"] if each["what"] == lack]
+    assert seen["status"] == 1  # at the least for the lack of memory.failure_dirty_action
+    assert said in seen["said"]
+
+
+def test_a_kernel_that_is_locked_down_enforces_nothing_and_says_so(told: Told) -> None:
+    (seen,) = told["locked down"]
+    first = seen["status"].splitlines()[0]
+    assert first.startswith("Enforcement: none")
+    assert "the kernel is locked down (boot with lockdown=integrity or none)" in first
+    assert seen["unit"] == "not-enforced"
+
+
+@pytest.mark.parametrize(("where", "path", "injection"), PANICS[: scaled(1, len(PANICS))])
 def test_panic(guest: Guest, tmp_path: Path, where: str, path: str, injection: str) -> None:
     done = late(guest, where, tmp_path, "panic", *path.split(), injection)
     assert done.status == PANIC
     assert "cgpolicyd: 0x" in done.stderr
     assert "dirty page cache lost: dev " in done.stderr
     assert "Kernel panic - not syncing: sysrq triggered crash" in done.stderr
-
-
-@pytest.mark.parametrize(("where", "rounds"), [("v6.1", 6), ("v6.12", 50), ("v7", 6)])
-def test_no_innocent_run_is_killed(guest: Guest, tmp_path: Path, where: str, rounds: int) -> None:
-    done = late(guest, where, tmp_path, "innocent", str(rounds))
-    assert done.status == 0
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [case["same"] for case in said if case["step"] == "round"] == [True] * rounds
-    (end,) = [case for case in said if case["step"] == "innocent"]
-    assert sum(end["reactions"].values()) == 30 * rounds
-    assert end["reactions"]["killed"] >= rounds

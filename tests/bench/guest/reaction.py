@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from tests.bench.guest.units import Deaths, Unit
 from tests.kernel.guest.pagecache import wait_for
-from tests.vm.guest.scene import CGROUPS, must, run
+from tests.vm.guest.scene import CGROUPS, must, properties, run
 
 HERE = Path(__file__).parent
 LOSS_ID = "6935ae465d074405a4cc4710e737d4de"  # as units/cgpolicy.catalog has it
@@ -76,23 +76,19 @@ class Cgpolicyd(Reaction):
     daemon = "cgpolicyd.service"
     kill_seconds = 10.0
 
-    def property(self, path: str, interface: str, name: str) -> str | int | None:
-        status, out, _ = run("busctl", "-j", "get-property", "org.cgpolicy1", path, f"org.cgpolicy1.{interface}", name)
-        return json.loads(out)["data"] if status == 0 else None
-
     def start(self, units: Sequence[Unit]) -> dict[str, str]:
         super().start(units)
         must("systemctl", "restart", self.daemon)
-        names = ("Backend", "Enforcement")
-        return {name.lower(): str(self.property("/org/cgpolicy1", "Manager", name)) for name in names}
+        manager = ("org.cgpolicy1", "/org/cgpolicy1", "org.cgpolicy1.Manager")
+        lines = must("busctl", "-j", "get-property", *manager, "Backend", "Enforcement").splitlines()
+        return dict(zip(("backend", "enforcement"), (json.loads(line)["data"] for line in lines), strict=True))
 
     def wait_until_armed(self, unit: Unit) -> None:
-        path = f"/org/cgpolicy1/unit/{unit.name}_2eservice"
         cgroup_id = unit.cgroup.stat().st_ino
 
         def armed() -> bool:
-            known = self.property(path, "Unit", "ControlGroupId") == cgroup_id
-            return known and self.property(path, "Unit", "EffectiveAction") == unit.action
+            known = properties(unit.id)
+            return (known.get("ControlGroupId"), known.get("EffectiveAction")) == (cgroup_id, unit.action)
 
         wait_for(armed, f"{unit.id} known to cgpolicyd")
 
@@ -119,7 +115,7 @@ class Rasdaemon(Reaction):
         shutil.copy(HERE / "mem_fail_trigger", self.TRIGGERS / "mem_fail_trigger")
         (self.TRIGGERS / "mem_fail_trigger").chmod(0o755)
         actions = [f"{unit.id} {unit.action}\n" for unit in units]
-        Path("/etc/ras/dirty_actions").write_text("".join(actions) + "unknown kill\n" * self.kill_unknown)
+        Path("/etc/ras/dirty_actions").write_text("unknown kill\n" * self.kill_unknown + "".join(actions))
         # The variable is in no file that Debian installs, and TRIGGER_DIR is there, but empty.
         with open(self.DEFAULTS, "a") as file:
             file.write(f"TRIGGER_DIR={self.TRIGGERS}\nMEM_FAIL_TRIGGER=mem_fail_trigger\n")

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tests.kernel.guest.pagecache import PAGE, WAIT_SECONDS, wait_for
-from tests.vm.guest.scene import CGROUPS, must, service, setting
+from tests.vm.guest.scene import CGROUPS, call, must, property_of, run, service, setting
 
 PROGRAMS = Path("/usr/local/bin")
 BEFORE, STRUCK, HANDLED = range(3)  # phases, as victim.c has them
@@ -68,9 +68,9 @@ class Unit:
 
     def define(self) -> None:
         """Write its files; systemd is not told."""
-        run = f"{PROGRAMS}/victim $HOW $FILE $WHERE {self.counters.path}"
+        command = f"{PROGRAMS}/victim $HOW $FILE $WHERE {self.counters.path}"
         more = f"Type=exec\nEnvironmentFile=/run/{self.name}.env\n[Unit]\nStartLimitIntervalSec=0\n"
-        service(self.name, run=run, more=more, drop_in=setting(self.action))
+        service(self.name, run=command, more=more, drop_in=setting(self.action))
 
     def tell(self, how: str, file: Path, where: int) -> None:
         """Say what it is to do when it is started."""
@@ -80,12 +80,13 @@ class Unit:
     def start(self, how: str, file: Path, where: int) -> None:
         """Start it, once it is gone, and return when all its processes do what they have to."""
         self.tell(how, file, where)
-        must("systemctl", "start", self.id)
+        systemd = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1")
+        call(*systemd, "org.freedesktop.systemd1.Manager.StartUnit", self.id, "replace")
         wait_for(lambda: self.counters["ready"] == 1, f"{self.id} ready")
 
     def stop(self) -> None:
         must("systemctl", "stop", self.id)
-        must("systemctl", "reset-failed", self.id)
+        run("systemctl", "reset-failed", self.id)  # one that has not failed may not be loaded any more
 
     def pids(self) -> list[int]:
         try:
@@ -93,8 +94,11 @@ class Unit:
         except FileNotFoundError:
             return []
 
+    def is_active(self) -> bool:
+        return bool(property_of(self.id, "Unit", "ActiveState") == "active")
+
     def result(self) -> str:
-        return must("systemctl", "show", "-P", "Result", self.id).strip()
+        return str(property_of(self.id, "Service", "Result"))
 
 
 class Deaths:

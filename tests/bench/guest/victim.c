@@ -8,7 +8,8 @@
  * FILE is full of 'A' in the backing store, what is written is 'B': a read of 'A' is stale. "large" overwrites 8 KiB of
  * a folio that readahead has built. The unit is made of three processes, two that read and one that does not.
  *
- * The counters lie in shared memory, so that they outlive the processes. Whoever reports the error sets the phase.
+ * The counters lie in shared memory, so that they outlive the processes. Whoever reports the error sets the phase, and
+ * before that they read at leisure: what has to be done first should not have to fight for a processor.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -117,6 +118,8 @@ int main(int argc, char **argv)
 			usleep(100);
 		} else {
 			count_read(where);
+			if (counters->phase == BEFORE)
+				usleep(2000);
 		}
 	}
 }

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""late main|panic|innocent: what the backend tracefs does on a kernel without memory.failure_dirty_action.
+"""late main|panic: what the backend tracefs does on a kernel without memory.failure_dirty_action.
 
-main      every path of a loss under continue, kill and panic; what is no loss; the daemon, its reactor and its probes
-          disturbed. The panic is a word written to a file in the place of /proc/sysrq-trigger.
-panic     the true one: PATH and INJECTION follow, and nothing comes back.
-innocent  a unit that dies and begins anew while pages of its earlier runs are lost: ROUNDS follow.
+main   every path of a loss under continue, kill and panic; what is no loss; a unit that dies and begins anew while
+       pages of its earlier runs are lost; a storm; the daemon, its reactor and its probes disturbed; what a kernel may
+       lack. The panic is a word written to a file in the place of /proc/sysrq-trigger. CASES (all, or some: two of the
+       six for each path), ROUNDS of the unit and PAGES of the storm follow.
+panic  the true one: PATH and INJECTION follow, and nothing comes back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import select
 import signal
@@ -26,11 +28,14 @@ from cgpolicy.kprobes import append
 from tests.kernel.guest import negatives
 from tests.kernel.guest.pagecache import (
     HWPOISON,
+    HWPOISON_INJECT,
     PAGE,
     WAIT_SECONDS,
     Cgroup,
     Process,
     Target,
+    address_of,
+    errno_of,
     file_pfn,
     has_flag,
     keep_quiet,
@@ -38,7 +43,19 @@ from tests.kernel.guest.pagecache import (
     poison,
     target,
 )
-from tests.vm.guest.scene import SYSTEM, cgroup, main_pid, must, run, service, setting, shown, tell, wait_for, write
+from tests.vm.guest.scene import (
+    CGROUPS,
+    SYSTEM,
+    must,
+    properties,
+    property_of,
+    run,
+    service,
+    setting,
+    tell,
+    wait_for,
+    write,
+)
 
 TRACING = Path("/sys/kernel/tracing")
 INSTANCE = TRACING / "instances/cgpolicy"
@@ -47,6 +64,11 @@ POS = 5 * PAGE
 PATHS = (
     ("ext4", "write"), ("ext4", "mmap"), ("vfat", "write"), ("bdev", "write"), ("xfs", "large"), ("ext4", "large")
 )  # fmt: skip
+ALL = [(injection, action) for injection in ("inject", "srao") for action in ("continue", "kill", "panic")]
+# Of one path and the next: an error of each kind, each action, and machine checks that kill and that panic.
+SOME = ([("inject", "continue"), ("srao", "kill")], [("inject", "kill"), ("srao", "panic")])
+STORM_SECONDS = 600.0
+REACTOR = "/usr/lib/cgpolicy/cgpolicy-reactor"
 LOSS_ID = "6935ae465d074405a4cc4710e737d4de"  # as cgpolicy.catalog has it
 
 
@@ -54,7 +76,7 @@ class UnitCgroup(Cgroup):
     """A unit's control group, which systemd has made."""
 
     def __init__(self, unit: str, below: str = "") -> None:
-        self.path = cgroup(unit)
+        self.path = CGROUPS / property_of(unit, "Service", "ControlGroup").lstrip("/")
         if below:
             self.path /= below
             self.path.mkdir(exist_ok=True)
@@ -82,16 +104,16 @@ class Monitor:
         self._said += [json.loads(line) for line in lines]
         return True
 
-    def losses(self, unit: str, pages: int = 1) -> list[dict[str, Any]]:
+    def losses(self, unit: str, pages: int = 1, seconds: float = WAIT_SECONDS) -> list[dict[str, Any]]:
         """Wait until so many pages of a unit were reported lost; return the reports and forget all before them."""
         found: list[dict[str, Any]] = []
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + seconds
         while sum(loss["pages"] for loss in found) < pages:
             for said in self._said:
                 if said["signal"] == "DirtyDataLost" and said["unit"] == unit:
                     found.append(said)
             self._said = []
-            if sum(loss["pages"] for loss in found) < pages and not self._fill(deadline - time.monotonic()):
+            if sum(loss["pages"] for loss in found) < pages and not self._fill(max(deadline - time.monotonic(), 0)):
                 raise SystemExit(f"{unit}: of {pages} lost pages only these were reported: {found}")
         return found
 
@@ -116,9 +138,15 @@ def holder(unit: str, file: Target, how: str, *, below: str = "", pages: int = 1
 
 
 def state(unit: str) -> list[str]:
-    said = must("systemctl", "show", "-p", "ActiveState", "-p", "Result", unit)
-    properties = dict(line.split("=", 1) for line in said.splitlines())
-    return [properties["ActiveState"], properties["Result"]]
+    return [property_of(unit, "Unit", "ActiveState"), property_of(unit, "Service", "Result")]
+
+
+def main_pid(unit: str) -> int:
+    return int(property_of(f"{unit}.service", "Service", "MainPID"))
+
+
+def number_of_restarts() -> int:
+    return int(property_of("kills.service", "Service", "NRestarts"))
 
 
 def record(unit: str) -> dict[str, str]:
@@ -143,7 +171,7 @@ def prepare(*, fake_panic: bool) -> None:
     service("marker")
     must("systemctl", "daemon-reload")
     must("systemctl", "start", "continues", "kills", "panics", "bystander", "marker")
-    wait_for(lambda: shown("panics.service")["State"] == "applied")
+    wait_for(lambda: properties("panics.service").get("State") == "applied")
 
 
 @contextlib.contextmanager
@@ -168,6 +196,9 @@ def lose(monitor: Monitor, kind: str, how: str, injection: str, action: str, bel
     """Lose a page of the unit that has an action, and tell what became of it."""
     unit = f"{action}s.service"
     with target(kind) as file:
+        # A block device's own inode is another than that of its file in /dev: it has the device's number (bdget()).
+        major, minor = os.major(file.device), os.minor(file.device)
+        inode = major << 20 | minor if kind == "bdev" else os.stat(file.path).st_ino
         process, (pfn,) = holder(unit, file, how, below=below)
         charged = UnitCgroup(unit, below).id
         with bystander(file):
@@ -180,15 +211,15 @@ def lose(monitor: Monitor, kind: str, how: str, injection: str, action: str, bel
         after = state(unit)
         tell(
             step="loss", path=f"{kind} {how}", injection=injection, action=action, below=below, pfn=pfn,
-            device=[os.major(file.device), os.minor(file.device)], inode=os.stat(file.path).st_ino, charged=charged,
-            loss=loss, record=record(unit), status=status, after=after, shown=shown(unit), sysrq=SYSRQ.read_text(),
+            device=[major, minor], inode=inode, charged=charged, loss=loss, record=record(unit), status=status,
+            after=after, shown=properties(unit), sysrq=SYSRQ.read_text(),
         )  # fmt: skip
         if action == "panic":
             # Written at the offset that the reactor's descriptor has: what was there before becomes zeros.
             os.truncate(SYSRQ, 0)
         if action == "kill":
             must("systemctl", "start", unit)
-            wait_for(lambda: shown(unit)["State"] == "applied")
+            wait_for(lambda: properties(unit).get("State") == "applied")
         else:
             process.end()
 
@@ -212,19 +243,24 @@ def no_losses(monitor: Monitor) -> None:
             Path("/proc/sys/vm/nr_hugepages").write_text("0")
         tell(step="no loss", what=make.__name__, injection=injection, poisoned=poisoned, sysrq=SYSRQ.read_text())
     lose(monitor, "ext4", "write", "inject", "panic")
-    tell(step="no losses", counted=shown("panics.service")["FailureDirty"])
+    tell(step="no losses", counted=properties("panics.service")["FailureDirty"])
 
 
-def works(monitor: Monitor, step: str, **seen: object) -> None:
-    """Tell whether a loss still kills."""
+def works(monitor: Monitor, step: str, *, stop: int = 0, **seen: object) -> None:
+    """Tell whether a loss still kills, while a process is stopped if one is given."""
     with target("ext4") as file:
         process, (pfn,) = holder("kills.service", file, "write")
+        if stop:
+            os.kill(stop, signal.SIGSTOP)
         poison(pfn, "inject")
+        status = process.wait()
+        if stop:
+            os.kill(stop, signal.SIGCONT)
         (loss,) = monitor.losses("kills.service")
-        tell(step=step, status=process.wait(), reaction=loss["detail"]["Reaction"], **seen)
+        tell(step=step, status=status, reaction=loss["detail"]["Reaction"], **seen)
     wait_for(lambda: state("kills.service")[0] == "failed")
     must("systemctl", "start", "kills")
-    wait_for(lambda: shown("kills.service")["State"] == "applied")
+    wait_for(lambda: properties("kills.service").get("State") == "applied")
 
 
 def probes() -> dict[str, object]:
@@ -244,12 +280,13 @@ def kill_and_wait(pid: int) -> None:
     old = {reactor(), main_pid("cgpolicyd")}
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: 0 not in (reactor(), main_pid("cgpolicyd")) and not {reactor(), main_pid("cgpolicyd")} & old)
-    wait_for(lambda: must("systemctl", "show", "-P", "ActiveState", "cgpolicyd").strip() == "active")
-    wait_for(lambda: shown("kills.service")["State"] == "applied")
+    wait_for(lambda: state("cgpolicyd.service")[0] == "active")
+    wait_for(lambda: properties("kills.service").get("State") == "applied")
 
 
 def disturb(monitor: Monitor) -> None:
-    works(monitor, "undisturbed", scheduling=os.sched_getscheduler(reactor()), locked=locked(reactor()))
+    works(monitor, "undisturbed", scheduling=os.sched_getscheduler(reactor()), locked=memory("VmLck"))
+    works(monitor, "daemon stopped", stop=main_pid("cgpolicyd"))
     kill_and_wait(reactor())
     works(monitor, "reactor killed")
     kill_and_wait(main_pid("cgpolicyd"))
@@ -264,6 +301,9 @@ def disturb(monitor: Monitor) -> None:
     works(monitor, "other tracer")
     tell(step="other tracer's", lines=(other / "trace").read_text().count("dirty: (me_pagecache_dirty"))
 
+    refused = errno_of(INSTANCE.rmdir)
+    works(monitor, "instance removed", refused=refused)
+
     (INSTANCE / "events/enable").write_text("0")
     for line in probes()["probes"]:  # type: ignore[attr-defined]
         append(TRACING / "kprobe_events", f"-:{line.split()[0].partition(':')[2]}")
@@ -274,35 +314,154 @@ def disturb(monitor: Monitor) -> None:
     journal = must("journalctl", "-o", "cat", "-t", "cgpolicyd").splitlines()
     tell(step="said", journal=[line for line in journal if "meddled" in line])
 
+    before = probes()
+    reading, _, _ = run("cat", str(INSTANCE / "trace_pipe"), user="nobody")
+    disarming, _, said = run(REACTOR, "--disarm", user="nobody")
+    tell(step="unprivileged", reading=reading, disarming=disarming, said=said, same=probes() == before)
+
     must("systemctl", "stop", "cgpolicyd")
-    tell(step="stopped", **probes(), others=(TRACING / "kprobe_events").read_text().count("other/dirty"))
+    result = state("cgpolicyd.service")
+    others = (TRACING / "kprobe_events").read_text().count("other/dirty")
+    tell(step="stopped", **probes(), others=others, result=result)
     write(SYSTEM / "cgpolicyd.service.d/norestart.conf", "[Service]\nRestart=no\n")
     must("systemctl", "daemon-reload")
     must("systemctl", "start", "cgpolicyd")
     tell(step="started", **probes())
     must("systemctl", "kill", "--signal=KILL", "cgpolicyd")
-    wait_for(lambda: state("cgpolicyd")[0] == "failed")
+    wait_for(lambda: state("cgpolicyd.service")[0] == "failed")
     tell(step="killed", **probes())
 
 
-def locked(pid: int) -> int:
-    """Return how much memory of a process is locked, in KiB."""
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmLck")]
+def memory(field: str) -> int:
+    """Return a size of the reactor's, in KiB."""
+    lines = Path(f"/proc/{reactor()}/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{field}:")]
     return int(line.split()[1])
 
 
-def everything() -> None:
+def innocent(monitor: Monitor, rounds: int) -> None:
+    """Lose pages of a unit one after the other while it dies of the first and begins anew.
+
+    In every other round systemd itself starts it again. At the end of a round, when all losses were reported, the
+    run that began during the storm must be alive.
+    """
+    write(SYSTEM / "kills.service.d/limit.conf", "[Unit]\nStartLimitIntervalSec=0\n")
+    pages, reactions = 30, dict[str, int]()
+    for number in range(rounds):
+        restart = "[Service]\nRestart=always\nRestartSec=0\n" if number % 2 else ""
+        write(SYSTEM / "kills.service.d/restart.conf", restart)
+        must("systemctl", "daemon-reload")
+        wait_for(lambda: properties("kills.service").get("State") == "applied")
+        before, restarts = main_pid("kills"), number_of_restarts()
+        with target("ext4") as file:
+            process, frames = holder("kills.service", file, "write", pages=pages)
+            storm = Process(None, partial(inject, frames=frames))
+            status = process.wait()
+            if not restart:
+                wait_for(lambda: state("kills.service")[0] == "failed")
+                must("systemctl", "start", "kills")
+            wait_for(lambda before=before: main_pid("kills") not in (0, before))  # type: ignore[misc]
+            after = main_pid("kills")
+            storm.wait()
+            for loss in monitor.losses("kills.service", pages):
+                reaction = loss["detail"]["Reaction"]
+                reactions[reaction] = reactions.get(reaction, 0) + loss["pages"]
+            same = main_pid("kills") == after and state("kills.service")[0] == "active"
+        restarts = number_of_restarts() - restarts if restart else 1
+        tell(step="round", number=number, restart=bool(restart), status=status, same=same, restarts=restarts)
+    tell(step="innocent", rounds=rounds, reactions=reactions)
+    write(SYSTEM / "kills.service.d/restart.conf", "")
+    must("systemctl", "daemon-reload")
+
+
+def inject(process: Process, frames: list[int]) -> None:
+    for pfn in frames:
+        poison(pfn, "inject")
+
+
+def storm(monitor: Monitor, pages: int) -> None:
+    """Lose many pages of a unit as fast as the kernel can; tell what was reported, and how the reactor has grown."""
+    path = Path("/var/tmp/storm")
+    with open(path, "wb") as file:
+        for _ in range(pages):
+            file.write(b"A" * PAGE)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    process = Process(UnitCgroup("continues.service"), partial(dirty_all, path=path, pages=pages))
+    process.hear()
+    frames = Path("/run/frames").read_text().split()
+    before, began = memory("VmRSS"), time.monotonic()
+    with open(HWPOISON_INJECT, "w", buffering=1) as file_:
+        for pfn in frames:
+            file_.write(f"{pfn}\n")
+    seconds = time.monotonic() - began
+    reports = monitor.losses("continues.service", pages, STORM_SECONDS)
+    tell(
+        step="storm", pages=pages, reported=sum(loss["pages"] for loss in reports), reports=len(reports),
+        seconds=round(seconds, 1), told=round(time.monotonic() - began, 1), before=before, after=memory("VmRSS"),
+        missed="events were lost" in must("journalctl", "-o", "cat", "-t", "cgpolicyd"),
+    )  # fmt: skip
+    process.end()
+
+
+def dirty_all(process: Process, path: Path, pages: int) -> None:
+    """Dirty all pages of a file, and keep them until told to end."""
+    fd = os.open(path, os.O_RDWR)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    for page in range(pages):
+        os.pwrite(fd, b"B", page * PAGE)
+    with mmap.mmap(fd, pages * PAGE) as mapping, open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        for page in range(pages):
+            mapping[page * PAGE]
+        table = os.pread(pagemap.fileno(), pages * 8, address_of(mapping) // PAGE * 8)
+    entries = memoryview(table).cast("Q")
+    Path("/run/frames").write_text(" ".join(hex(entry & ((1 << 55) - 1)) for entry in entries))
+    process.tell("dirty")
+    process.wait_for_order()
+
+
+def lacking() -> None:
+    """Take away, one after the other, what the probes need, and tell what is said of it."""
+    must("systemctl", "stop", "cgpolicyd")
+    empty = Path("/run/empty")
+    empty.mkdir()
+
+    def doctor(lack: str, user: str = "") -> None:
+        status, out, _ = run("cgpolicy", "doctor", user=user)
+        tell(step="lacking", what=lack, status=status, said=out)
+
+    doctor("nothing")
+    doctor("permission", "nobody")
+    switches = {"ftrace": "/proc/sys/kernel/ftrace_enabled", "kprobes": "/sys/kernel/debug/kprobes/enabled"}
+    for lack, switch in switches.items():
+        Path(switch).write_text("0")
+        doctor(lack)
+        Path(switch).write_text("1")
+    for lack, path in (("btf", "/sys/kernel/btf"), ("tracefs", "/sys/kernel/tracing")):
+        must("mount", "--bind", str(empty), path)
+        doctor(lack)
+        must("umount", path)
+    # There is no way back from this one.
+    Path("/sys/kernel/security/lockdown").write_text("confidentiality")
+    doctor("lockdown")
+    must("systemctl", "start", "cgpolicyd")
+    tell(step="locked down", status=must("cgpolicy", "status"), unit=properties("kills.service")["State"])
+
+
+def everything(some: bool, rounds: int, pages: int) -> None:
     prepare(fake_panic=True)
     tell(step="status", text=must("cgpolicy", "status"), kernel=os.uname().release)
     monitor = Monitor()
-    for kind, how in PATHS:
-        for injection in ("inject", "srao"):
-            for action in ("continue", "kill", "panic"):
-                lose(monitor, kind, how, injection, action)
+    for number, (kind, how) in enumerate(PATHS):
+        for injection, action in SOME[number % 2] if some else ALL:
+            lose(monitor, kind, how, injection, action)
     lose(monitor, "ext4", "write", "inject", "kill", below="payload")
     no_losses(monitor)
+    innocent(monitor, rounds)
+    storm(monitor, pages)
     monitor.close()
     disturb(Monitor())
+    lacking()
 
 
 def panic(kind: str, how: str, injection: str) -> None:
@@ -314,52 +473,11 @@ def panic(kind: str, how: str, injection: str) -> None:
         wait_for(lambda: False)
 
 
-def innocent(rounds: int) -> None:
-    """Lose pages of a unit one after the other while it dies of the first and begins anew.
-
-    In every other round systemd itself starts it again. At the end of a round, when all losses were reported, the
-    run that began during the storm must be alive.
-    """
-    prepare(fake_panic=False)
-    monitor = Monitor()
-    write(SYSTEM / "kills.service.d/limit.conf", "[Unit]\nStartLimitIntervalSec=0\n")
-    pages, reactions = 30, dict[str, int]()
-    for number in range(rounds):
-        restart = "[Service]\nRestart=always\nRestartSec=0\n" if number % 2 else ""
-        write(SYSTEM / "kills.service.d/restart.conf", restart)
-        must("systemctl", "daemon-reload")
-        wait_for(lambda: shown("kills.service")["State"] == "applied")
-        before = main_pid("kills")
-        with target("ext4") as file:
-            process, frames = holder("kills.service", file, "write", pages=pages)
-            storm = Process(None, partial(inject, frames=frames))
-            process.wait()
-            if not restart:
-                wait_for(lambda: state("kills.service")[0] == "failed")
-                must("systemctl", "start", "kills")
-            wait_for(lambda before=before: main_pid("kills") not in (0, before))  # type: ignore[misc]
-            after = main_pid("kills")
-            storm.wait()
-            for loss in monitor.losses("kills.service", pages):
-                reaction = loss["detail"]["Reaction"]
-                reactions[reaction] = reactions.get(reaction, 0) + loss["pages"]
-            same = main_pid("kills") == after and state("kills.service")[0] == "active"
-        tell(step="round", number=number, restart=bool(restart), died=process.pid != 0, same=same)
-    tell(step="innocent", rounds=rounds, reactions=reactions)
-
-
-def inject(process: Process, frames: list[int]) -> None:
-    for pfn in frames:
-        poison(pfn, "inject")
-
-
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["main"]:
-            everything()
+        case ["main", cases, rounds, pages]:
+            everything(cases == "some", int(rounds), int(pages))
         case ["panic", kind, how, injection]:
             panic(kind, how, injection)
-        case ["innocent", rounds]:
-            innocent(int(rounds))
         case _:
             raise SystemExit(__doc__)

@@ -87,6 +87,39 @@ def shown(unit: str) -> dict[str, Any]:
     return dict(properties)
 
 
+def call(service: str, path: str, method: str, *arguments: str) -> Any:
+    """Call a method whose arguments are all strings, from this process: a program takes far longer to start."""
+    from gi.repository import Gio, GLib  # noqa: PLC0415
+
+    interface, _, member = method.rpartition(".")
+    given = GLib.Variant(f"({'s' * len(arguments)})", arguments)
+    bus = Gio.bus_get_sync(Gio.BusType.SYSTEM)
+    return bus.call_sync(service, path, interface, member, given, None, 0, 60_000).unpack()
+
+
+def object_path(root: str, unit: str) -> str:
+    """Return the path of a unit's object, escaped as systemd does (sd_bus_path_encode(3))."""
+    return root + "".join(each if each.isalnum() else f"_{ord(each):02x}" for each in unit)
+
+
+def properties(unit: str) -> dict[str, Any]:
+    """Return the properties of a unit's object on our bus name, none if there is no such object (yet)."""
+    from gi.repository import GLib  # noqa: PLC0415
+
+    path = object_path("/org/cgpolicy1/unit/", unit)
+    try:
+        return dict(call("org.cgpolicy1", path, "org.freedesktop.DBus.Properties.GetAll", "org.cgpolicy1.Unit")[0])
+    except GLib.Error:
+        return {}
+
+
+def property_of(unit: str, interface: str, name: str) -> Any:
+    """Return a property that systemd has of a unit; interface is Unit, Service, ..."""
+    path = object_path("/org/freedesktop/systemd1/unit/", unit)
+    get = "org.freedesktop.DBus.Properties.Get"
+    return call("org.freedesktop.systemd1", path, get, f"org.freedesktop.systemd1.{interface}", name)[0]
+
+
 def tell(**seen: Any) -> None:
     """Print what was seen, for the test on the host to judge."""
     print(json.dumps(seen), flush=True)
