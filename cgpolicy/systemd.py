@@ -6,12 +6,14 @@ For one look at a time, with or without the daemon; the daemon's own running pic
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from cgpolicy.error import NotSupported, UserError
+from cgpolicy.policyfile import read_regular
 from cgpolicy.setting import Setting, read_setting
+from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, bus_label_escape, check, unit_type
 
 SERVICE = "org.freedesktop.systemd1"
@@ -85,12 +87,15 @@ def facts(unit: str, values: dict[str, object]) -> UnitFacts:
 def read_files(paths: Iterable[str]) -> Setting:
     """Read the setting out of unit files; one that cannot be read says nothing (a mask is empty, a race is gone)."""
     files = []
+    too_large = []
     for path in paths:
         try:
-            files.append((path, Path(path).read_bytes()))
-        except OSError:
-            continue
-    return read_setting(files)
+            files.append((path, read_regular(path)))
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                too_large.append(Problem(path, 0, f"{error.strerror}; ignored"))
+    setting = read_setting(files)
+    return replace(setting, problems=(*setting.problems, *too_large)) if too_large else setting
 
 
 def with_drop_in(files: tuple[str, ...], path: str) -> tuple[str, ...]:
