@@ -179,9 +179,25 @@ class Daemon:
         def listed(names: list[str] | None) -> None:
             # PID 1 that does not answer, executed anew for instance, is no reason to forget what it said.
             names = list(self.reconciler.units) if names is None else self.reconciler.with_kept(names)
-            self.watch.read_all(names, partial(self._refreshed, waiting, names))
+            done = partial(self._refreshed, waiting, names)
+            self.watch.read_all(names, done if self.face is not None else partial(self._complete, done))
 
         self.watch.list_units(listed)
+
+    def _complete(self, done: Callable[[list[UnitFacts]], None], units: list[UnitFacts]) -> None:
+        """Go on when it is known which drop-ins this daemon's predecessor wrote without PID 1 having read them.
+
+        It was killed before it could ask for a reload, or told not to.
+        """
+        files = {facts.name: facts.files for facts in units}
+        written = {unit: path for unit, path in self.files.written_units() if path not in files.get(unit, (path,))}
+
+        def told(outdated: set[str]) -> None:
+            for unit in outdated:
+                self.reconciler.expect_drop_in(unit, written[unit])
+            done(units)
+
+        self.watch.outdated(list(written), told)
 
     def _refreshed(self, waiting: list[Callable[[], None]], names: list[str], units: list[UnitFacts]) -> None:
         found = {facts.name: facts for facts in units}

@@ -16,7 +16,7 @@ from cgpolicy.action import Action
 from cgpolicy.error import InvalidMachineName, WriteFailed, quoted
 from cgpolicy.setting import KEY, SECTION
 from cgpolicy.unitfile import parse
-from cgpolicy.unitname import check
+from cgpolicy.unitname import check, is_valid
 
 DROP_IN = "50-cgpolicy.conf"
 PERSISTENT = Path("etc/systemd/system")
@@ -93,6 +93,20 @@ class PolicyFiles:
         with contextlib.suppress(OSError):
             path.parent.rmdir()
         return path
+
+    def written_units(self) -> Iterator[tuple[str, str]]:
+        """Yield unit and path of the drop-ins that write_unit() has made, of one unit the one that counts."""
+        seen = set()
+        for base in (PERSISTENT, RUNTIME):
+            for path in sorted((self.root / base).glob(f"*.d/{DROP_IN}")):
+                unit = path.parent.name.removesuffix(".d")
+                try:
+                    ours = read_regular(path).startswith(HEADER.encode())
+                except OSError:
+                    continue
+                if is_valid(unit) and ours and unit not in seen:
+                    seen.add(unit)
+                    yield unit, str(path)
 
     def check_machine(self, machine: str) -> str:
         """Return the file name of a machine's rule; raise InvalidMachineName."""

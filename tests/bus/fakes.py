@@ -32,6 +32,7 @@ SYSTEMD_XML = f"""<node>
     <property name="LoadState" type="s" access="read"/>
     <property name="FragmentPath" type="s" access="read"/>
     <property name="DropInPaths" type="as" access="read"/>
+    <property name="NeedDaemonReload" type="b" access="read"/>
   </interface>
 """ + "".join(
     f"""<interface name="{interface}">
@@ -186,7 +187,11 @@ class FakeSystemd:
 
         def answer() -> None:
             self.gets[unit.name] += 1
-            invocation.return_value(GLib.Variant("(v)", (unit.value(name),)))
+            if name == "NeedDaemonReload":
+                value = GLib.Variant("b", self.find_drop_ins(unit.name) != unit.drop_ins)
+            else:
+                value = unit.value(name)
+            invocation.return_value(GLib.Variant("(v)", (value,)))
             if unit.name not in self.listed:
                 # PID 1 loads a unit to answer for it, and unloads it again.
                 self.emit("UnitNew", "(so)", unit.name, unit_path(unit.name))
