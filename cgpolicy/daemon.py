@@ -202,14 +202,17 @@ class Daemon:
     def _refreshed(self, waiting: list[Callable[[], None]], names: list[str], units: list[UnitFacts]) -> None:
         found = {facts.name: facts for facts in units}
         known = {name: self.reconciler.units[name].facts for name in names if name in self.reconciler.units}
-        self.reconciler.replace_all(facts for facts in (known | found).values() if facts.exists)
-        self._refreshing = False
-        if self.face is not None:
-            self.face.manager_changed()
-        for done in waiting:
-            done()
-        if self._refresh_asked:
-            self._begin_refresh()
+        try:
+            self.reconciler.replace_all(facts for facts in (known | found).values() if facts.exists)
+        finally:
+            # Whatever went wrong, the next round begins anew, and whoever waits for this one is answered.
+            self._refreshing = False
+            if self.face is not None:
+                self.face.manager_changed()
+            for done in waiting:
+                done()
+            if self._refresh_asked:
+                self._begin_refresh()
 
     @lasting
     def hangup(self) -> None:
