@@ -102,14 +102,20 @@ class FakeSystemd:
 
     def add(self, name: str, *, listed: bool = True, **values: Any) -> FakeUnit:
         """Make a unit known; one that is not listed is loaded when somebody asks for it."""
-        unit = self.units[name] = FakeUnit(name, **values)
+        unit = FakeUnit(name, **values)
         unit.drop_ins = self.find_drop_ins(name)
         if listed:
             self.listed.add(name)
+        self.take(unit)
+        return unit
+
+    def take(self, unit: FakeUnit) -> None:
+        """Show a unit on the bus."""
+        name = unit.name
+        self.units[name] = unit
         for interface in (UNIT, INTERFACES[unit_type(name)]):
             number = self._register(unit_path(name), interface, partial(self._unit, unit))
             self._objects.setdefault(name, []).append(number)
-        return unit
 
     def forget(self, name: str) -> None:
         """Unload a unit that has no file."""
