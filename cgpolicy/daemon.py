@@ -194,23 +194,42 @@ class Daemon:
                 loaded = dict.fromkeys(self.reconciler.units, "")
             else:
                 loaded |= dict.fromkeys(self.reconciler.kept(loaded), "")
-            self.watch.read_all(loaded, partial(self._refreshed, waiting, list(loaded)))
+            done = partial(self._refreshed, waiting, list(loaded))
+            self.watch.read_all(loaded, done if self.face is not None else partial(self._complete, done))
 
         self.watch.list_units(listed)
+
+    def _complete(self, done: Callable[[list[UnitFacts]], None], units: list[UnitFacts]) -> None:
+        """Go on when it is known which drop-ins this daemon's predecessor wrote without PID 1 having read them.
+
+        It was killed before it could ask for a reload, or told not to.
+        """
+        files = {facts.name: facts.files for facts in units}
+        written = {unit: path for unit, path in self.files.written_units() if path not in files.get(unit, (path,))}
+
+        def told(outdated: set[str]) -> None:
+            for unit in outdated:
+                self.reconciler.expect_drop_in(unit, written[unit])
+            done(units)
+
+        self.watch.outdated(list(written), told)
 
     def _refreshed(self, waiting: list[Callable[[], None]], names: list[str], units: list[UnitFacts]) -> None:
         cgroups = self.tree.units()
         found = {facts.name: replace(facts, cgroup=cgroups.get(facts.name, "")) for facts in units}
         known = {name: self.reconciler.units[name].facts for name in names if name in self.reconciler.units}
-        self.reconciler.replace_all(facts for facts in (known | found).values() if facts.exists)
-        self._refreshing = False
-        give_back_memory()
-        if self.face is not None:
-            self.face.manager_changed()
-        for done in waiting:
-            done()
-        if self._refresh_asked:
-            self._begin_refresh()
+        try:
+            self.reconciler.replace_all(facts for facts in (known | found).values() if facts.exists)
+        finally:
+            # Whatever went wrong, the next round begins anew, and whoever waits for this one is answered.
+            self._refreshing = False
+            give_back_memory()
+            if self.face is not None:
+                self.face.manager_changed()
+            for done in waiting:
+                done()
+            if self._refresh_asked:
+                self._begin_refresh()
 
     @lasting
     def hangup(self) -> None:

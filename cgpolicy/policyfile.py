@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from cgpolicy.action import Action
 from cgpolicy.error import InvalidMachineName, WriteFailed, quoted
 from cgpolicy.setting import KEY, SECTION
 from cgpolicy.unitfile import parse
-from cgpolicy.unitname import check
+from cgpolicy.unitname import check, is_valid
 
 DROP_IN = "50-cgpolicy.conf"
 PERSISTENT = Path("etc/systemd/system")
@@ -31,6 +33,29 @@ MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@:-]{0,199}")
 UUID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 HEADER = "# Written by cgpolicy; \"cgpolicy unset\" removes it. See cgpolicy(5).\n"
+
+
+FILE_MAX = 16 << 20  # bytes; of what systemd's users write, a thousand times as much as there ever was
+
+
+# What can be replaced without a look at what it says, or keeps its place by itself.
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
+
+
+def read_regular(path: str | Path) -> bytes:
+    """Read a file; raise OSError also where it is none, or too large: a link can lead to what has no end.
+
+    A unit directory may hold links into directories of users. A FIFO there would keep the daemon waiting.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        data = file.read(FILE_MAX + 1)
+    if len(data) > FILE_MAX:
+        raise OSError(errno.EFBIG, f"larger than {FILE_MAX >> 20} MiB", str(path))
+    return data
 
 
 class PolicyFiles:
@@ -69,6 +94,20 @@ class PolicyFiles:
             path.parent.rmdir()
         return path
 
+    def written_units(self) -> Iterator[tuple[str, str]]:
+        """Yield unit and path of the drop-ins that write_unit() has made, of one unit the one that counts."""
+        seen = set()
+        for base in (PERSISTENT, RUNTIME):
+            for path in sorted((self.root / base).glob(f"*.d/{DROP_IN}")):
+                unit = path.parent.name.removesuffix(".d")
+                try:
+                    ours = read_regular(path).startswith(HEADER.encode())
+                except OSError:
+                    continue
+                if is_valid(unit) and ours and unit not in seen:
+                    seen.add(unit)
+                    yield unit, str(path)
+
     def check_machine(self, machine: str) -> str:
         """Return the file name of a machine's rule; raise InvalidMachineName."""
         if UUID.fullmatch(machine):
@@ -97,16 +136,20 @@ class PolicyFiles:
         """Return path and content of the rule for a machine's name or UUID, None if there is none."""
         try:
             path = self.root / MACHINES / self.check_machine(machine)
-            return str(path), path.read_bytes()
+            return str(path), read_regular(path)
         except (InvalidMachineName, OSError):
             return None
 
     def _refuse_foreign(self, path: Path) -> None:
         """Raise WriteFailed if a file holds what its author would miss: sections or keys other than ours."""
         try:
-            content = path.read_bytes()
-        except OSError:
-            return
+            content = read_regular(path)
+        except OSError as error:
+            if error.errno in NO_FILE:
+                return
+            if error.errno != errno.EFBIG:
+                raise WriteFailed(f"{path}: {error.strerror}", hint="nothing was changed") from None
+            content = b"["  # says more, whatever it is
         parsed = parse(content, str(path))
         if parsed.broken or any((a.section, a.key) != (SECTION, KEY) for a in parsed.assignments):
             raise WriteFailed(f"{path} says more than {KEY}=", hint="edit it by hand, or move the rest elsewhere")

@@ -24,6 +24,7 @@ BUS_TIMEOUT_MS = 5_000
 # Questions that wait at polkit at once: in all below the 128 replies that the bus lets a connection wait for.
 PENDING_MAX = 32
 PENDING_MAX_BY_SENDER = 4
+PENDING_MAX_BY_USER = 16  # a user can have any number of connections, and is not to keep the others out
 
 # polkit that is not installed, cannot be started, or went away
 ABSENT = (
@@ -41,7 +42,7 @@ class Authority:
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._pending: Counter[str] = Counter()
+        self._pending: Counter[str | int] = Counter()  # by sender and by user
         self._cookies = (f"cgpolicy-{number}" for number in itertools.count())
 
     def check(self, sender: str, action_id: str, details: Mapping[str, str], interactive: bool, done: Done) -> None:
@@ -53,18 +54,22 @@ class Authority:
             elif values[0] == 0:
                 done(None)
             else:
-                self._ask(sender, action_id, details, interactive, done)
+                self._ask(sender, values[0], action_id, details, interactive, done)
 
         buscall.call(
             self._connection, "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus",
             "GetConnectionUnixUser", GLib.Variant("(s)", (sender,)), BUS_TIMEOUT_MS, identified,
         )
 
-    def _ask(self, sender: str, action_id: str, details: Mapping[str, str], interactive: bool, done: Done) -> None:
-        if self._pending[sender] >= PENDING_MAX_BY_SENDER or self._pending.total() >= PENDING_MAX:
+    def _ask(
+        self, sender: str, user: int, action_id: str, details: Mapping[str, str], interactive: bool, done: Done
+    ) -> None:
+        by_sender, by_user = self._pending[sender], self._pending[user]
+        in_all = self._pending.total() // 2
+        if by_sender >= PENDING_MAX_BY_SENDER or by_user >= PENDING_MAX_BY_USER or in_all >= PENDING_MAX:
             done(NotAuthorized("too many requests wait for authorization", hint="answer those first"))
             return
-        self._pending[sender] += 1
+        self._pending.update((sender, user))
         cookie = next(self._cookies)
         # A prompt for a caller that is gone is taken back.
         watch = Gio.bus_watch_name_on_connection(
@@ -73,9 +78,8 @@ class Authority:
 
         def answered(values: tuple[Any, ...] | None, error: str) -> None:
             Gio.bus_unwatch_name(watch)
-            self._pending[sender] -= 1
-            if not self._pending[sender]:
-                del self._pending[sender]
+            self._pending.subtract((sender, user))
+            self._pending = +self._pending  # without those at zero
             done(verdict(values, error, action_id))
 
         subject = ("system-bus-name", {"name": GLib.Variant("s", sender)})

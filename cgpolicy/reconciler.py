@@ -236,6 +236,10 @@ class Reconciler:
                 self.units[name].facts = replace(facts, files=with_drop_in(facts.files, path))
             self.reread(name)
 
+    def expect_drop_in(self, name: str, path: str) -> None:
+        """Let a drop-in count that an earlier process wrote and of which PID 1 does not know yet."""
+        self._ahead[name] = path
+
     def drop_in_removed(self, name: str, path: str) -> None:
         """Let a drop-in no longer count that was just removed."""
         if self._ahead.get(name) == path:

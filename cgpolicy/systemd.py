@@ -6,13 +6,16 @@ For one look at a time, with or without the daemon; the daemon's own running pic
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cgpolicy.error import NotSupported, UserError
 from cgpolicy.libsystemd import part
+from cgpolicy.policyfile import read_regular
 from cgpolicy.setting import SECTION, UNSET, Setting, read_setting
+from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, bus_label_escape, check, unit_type
 
 SERVICE = "org.freedesktop.systemd1"
@@ -91,15 +94,18 @@ def facts(unit: str, values: dict[str, object]) -> UnitFacts:
 def read_files(paths: Iterable[str]) -> Setting:
     """Read the setting out of unit files; one that cannot be read says nothing (a mask is empty, a race is gone)."""
     files = []
+    too_large = []
     for path in paths:
         try:
-            with open(path, "rb", buffering=0) as file:
-                content = file.readall()
-        except OSError:
+            content = read_regular(path)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                too_large.append(Problem(path, 0, f"{error.strerror}; ignored"))
             continue
         if MENTION.search(content) or len(content) >= 1 << 20 or not PLAIN.fullmatch(content):
             files.append((path, content))
-    return read_setting(files) if files else UNSET
+    setting = read_setting(files) if files else UNSET
+    return replace(setting, problems=(*setting.problems, *too_large)) if too_large else setting
 
 
 def with_drop_in(files: tuple[str, ...], path: str) -> tuple[str, ...]:

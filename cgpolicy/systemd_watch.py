@@ -15,7 +15,7 @@ from typing import Any
 from gi.repository import GLib
 
 from cgpolicy import buscall
-from cgpolicy.systemd import MANAGER, MANAGER_PATH, SERVICE, UnitFacts, facts, properties, unit_path
+from cgpolicy.systemd import MANAGER, MANAGER_PATH, SERVICE, UNIT, UnitFacts, facts, properties, unit_path
 from cgpolicy.unitname import POLICY_TYPES, bus_label_unescape, unit_type
 
 # Calls under way at once; the bus allows 128 replies to be pending for a connection (dbus-daemon(1), system.conf).
@@ -137,6 +137,27 @@ class SystemdWatch:
             return
         self._reading[unit] = [done]
         self._begin(unit, known)
+
+    def outdated(self, units: list[str], done: Callable[[set[str]], None]) -> None:
+        """Hand over which of some loaded units have files that PID 1 has not read since they were changed."""
+        found: set[str] = set()
+        missing = len(units)
+        if not units:
+            done(found)
+
+        def one(unit: str, values: Values) -> None:
+            nonlocal missing
+            missing -= 1
+            if values is not None and values[0]:
+                found.add(unit)
+            if not missing:
+                done(found)
+
+        for unit in units:
+            arguments = GLib.Variant("(ss)", (UNIT, "NeedDaemonReload"))
+            ask = partial(self._call, unit_path(unit), buscall.PROPERTIES, "Get", arguments)
+            self._queue.append((ask, partial(one, unit)))
+        self._pump()
 
     def reload(self) -> None:
         """Ask systemd to reload its configuration, without waiting; requests made meanwhile become one."""

@@ -32,6 +32,7 @@ SYSTEMD_XML = f"""<node>
     <property name="LoadState" type="s" access="read"/>
     <property name="FragmentPath" type="s" access="read"/>
     <property name="DropInPaths" type="as" access="read"/>
+    <property name="NeedDaemonReload" type="b" access="read"/>
   </interface>
 """ + "".join(
     f"""<interface name="{interface}">
@@ -101,14 +102,20 @@ class FakeSystemd:
 
     def add(self, name: str, *, listed: bool = True, **values: Any) -> FakeUnit:
         """Make a unit known; one that is not listed is loaded when somebody asks for it."""
-        unit = self.units[name] = FakeUnit(name, **values)
+        unit = FakeUnit(name, **values)
         unit.drop_ins = self.find_drop_ins(name)
         if listed:
             self.listed.add(name)
+        self.take(unit)
+        return unit
+
+    def take(self, unit: FakeUnit) -> None:
+        """Show a unit on the bus."""
+        name = unit.name
+        self.units[name] = unit
         for interface in (UNIT, INTERFACES[unit_type(name)]):
             number = self._register(unit_path(name), interface, partial(self._unit, unit))
             self._objects.setdefault(name, []).append(number)
-        return unit
 
     def forget(self, name: str) -> None:
         """Unload a unit that has no file."""
@@ -186,7 +193,11 @@ class FakeSystemd:
 
         def answer() -> None:
             self.gets[unit.name] += 1
-            invocation.return_value(GLib.Variant("(v)", (unit.value(name),)))
+            if name == "NeedDaemonReload":
+                value = GLib.Variant("b", self.find_drop_ins(unit.name) != unit.drop_ins)
+            else:
+                value = unit.value(name)
+            invocation.return_value(GLib.Variant("(v)", (value,)))
             if unit.name not in self.listed:
                 # PID 1 loads a unit to answer for it, and unloads it again.
                 self.emit("UnitNew", "(so)", unit.name, unit_path(unit.name))

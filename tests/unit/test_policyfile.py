@@ -20,6 +20,7 @@ from cgpolicy.action import Action
 from cgpolicy.error import InvalidMachineName, InvalidUnitName, UserError, WriteFailed
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.setting import read_setting
+from cgpolicy.systemd import read_files
 
 UUID = "f7f2a1d0-0c51-4b9e-9d0b-9a8a3c1f2e4d"
 PERSISTENT = "etc/systemd/system/web.service.d/50-cgpolicy.conf"
@@ -337,6 +338,31 @@ def test_a_file_that_says_more_is_left_alone(
         with pytest.raises(WriteFailed, match=f"{name} says more than .*edit it by hand"):
             attempt()
         assert path.read_text() == content
+
+
+@every_kind
+def test_a_fifo_in_the_place_of_the_file_keeps_nobody_waiting(
+    files: PolicyFiles, name: str, write: Write, remove: Remove
+) -> None:
+    path = files.root / name
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert files.machine_rule("db") is None
+    write(files, Action.KILL)
+    assert action_of(path) is Action.KILL
+
+
+@every_kind
+def test_a_file_without_end_is_left_alone(files: PolicyFiles, name: str, write: Write, remove: Remove) -> None:
+    path = files.root / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    os.truncate(path, 1 << 40)
+    for attempt in attempts(files, write, remove):
+        with pytest.raises(WriteFailed, match="says more than"):
+            attempt()
+    assert path.stat().st_size == 1 << 40
+    assert read_files([str(path)]).problems[0].message == "larger than 16 MiB; ignored"
 
 
 @every_kind
