@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
@@ -36,6 +37,7 @@ from cgpolicy.enforcer import Armed, Ended, Enforcer, Fault, Unarmed
 from cgpolicy.error import UserError
 from cgpolicy.libsystemd import part
 from cgpolicy.losses import FileLoss, LossReader, by_file
+from cgpolicy.losstally import WINDOW, LossTally
 from cgpolicy.machined import MachineWatch
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.polkit import Authority
@@ -48,6 +50,7 @@ from cgpolicy.unitname import ROOT_SLICE, unit_type
 sd_daemon = part("daemon")
 
 SWEEP_SECONDS = 600
+CHECK_SECONDS = 2 * WINDOW
 
 
 def lasting(handler: Callable[..., None]) -> Callable[..., bool]:
@@ -89,6 +92,8 @@ class Daemon:
         self.watch = SystemdWatch(self.bus, loaded=self.unit_loaded, removed=self.unit_removed, refresh=self.refresh)
         self.machines = MachineWatch(self.bus, self.machine_changed)
         self.reconciler = Reconciler(self.tree, self.files, machine_uuid=self.machines.uuid)
+        self.tally = LossTally(self.report)
+        self._flushing = False
         self._refreshing = False
         self._refresh_asked: list[Callable[[], None]] = []
 
@@ -150,6 +155,7 @@ class Daemon:
             self.fail(f"cannot own {NAME} on the bus: {error}")
             return
         self.notify_ready()
+        self.cross_check()
 
     def fail(self, message: str) -> None:
         journal.log_error(message)
@@ -219,6 +225,7 @@ class Daemon:
     @lasting
     def sweep(self) -> None:
         self.reconciler.sweep()
+        self.cross_check()
 
     def unit_loaded(self, facts: UnitFacts) -> None:
         self.reconciler.load(facts)
@@ -283,7 +290,10 @@ class Daemon:
     @lasting
     def losses_waiting(self, source: object, condition: object) -> None:
         for loss in by_file(self.losses.read()):
-            self.report(loss)
+            self.lost(loss)
+        if self.losses.dropped:
+            self.losses.dropped = 0
+            self.cross_check()
 
     @lasting
     def enforcer_says(self, source: object, condition: object) -> None:
@@ -298,7 +308,7 @@ class Daemon:
                     case Fault(text):
                         journal.log_warning(f"somebody has meddled with the probes: {text}; placing them anew")
                     case FileLoss():
-                        self.report(said)
+                        self.lost(said)
         except Ended as error:
             # systemd starts this program again, and that the reactor: one way for every fault.
             self.fail(str(error))
@@ -324,15 +334,29 @@ class Daemon:
             self.reconciler.sweep()
             self.face.manager_changed()
 
-    def report(self, loss: FileLoss) -> None:
-        """Report pages of one file that a cgroup lost together: one journal record, one signal."""
-        owner = self.reconciler.owner(loss.lineage) or Owner("", "", "")
+    def lost(self, loss: FileLoss) -> None:
+        """Take pages of one file that a cgroup lost together."""
+        self.tally.add(self.reconciler.owner(loss.lineage) or Owner("", "", ""), loss, time.monotonic())
+        if not self._flushing:
+            self._flushing = True
+            GLib.timeout_add(int(WINDOW * 1000), self.flush)
+
+    def flush(self) -> bool:
+        try:
+            self._flushing = self.tally.flush(time.monotonic())
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+        return self._flushing
+
+    def report(self, owner: Owner, loss: FileLoss) -> None:
+        """Report losses of one run of a unit: one journal record, one signal."""
         how = self.strength()
-        if self.enforcer is not None and owner.unit in self.reconciler.units:
-            self.enforcer.table.count(self.reconciler.units[owner.unit].facts.cgroup, loss.pages, loss.kills)
+        unit = self.reconciler.units.get(owner.unit)
+        if unit is not None and self.enforcer is not None:
+            self.enforcer.table.count(unit.facts.cgroup, loss.pages, loss.kills)
+        elif unit is not None and self.tree.invocation_id(unit.facts.cgroup) == owner.invocation_id:
+            self.tree.add_told(unit.facts.cgroup, loss.pages)
         journal.record_loss(owner.unit, owner.invocation_id, owner.cgroup, loss, how.backend, how.strength)
-        if self.face is None:
-            return
         detail: dict[str, Any] = {
             "Device": GLib.Variant("(uu)", loss.device),
             "Inode": GLib.Variant("t", loss.inode),
@@ -342,7 +366,41 @@ class Daemon:
             "Enforcement": GLib.Variant("s", how.strength),
             "Reaction": GLib.Variant("s", loss.reaction),
         }
-        self.face.data_lost(owner.unit, owner.cgroup, loss.cgroup_id, str(loss.action), loss.pages, detail)
+        if loss.files > 1:
+            detail["Files"] = GLib.Variant("t", loss.files)
+        self.announce(owner.unit, owner.cgroup, loss.cgroup_id, loss.action, loss.pages, detail)
+
+    def cross_check(self) -> None:
+        """Compare what was reported with the kernel's counters, and report what is missing."""
+        if self.enforcer is not None:
+            return  # which counts itself what it sees
+        counted = self.tree.lost()
+        if counted:
+            # Reports of what is counted already have been read by then.
+            GLib.timeout_add(int(CHECK_SECONDS * 1000), partial(self._checked, counted))
+
+    def _checked(self, counted: dict[str, int]) -> bool:
+        how = self.strength()
+        for unit in list(self.reconciler.units.values()):
+            pages = counted.get(unit.facts.cgroup, 0)
+            missing = pages - self.tree.told(unit.facts.cgroup) if pages else 0
+            if missing > 0:
+                self.tree.add_told(unit.facts.cgroup, missing)
+                invocation = self.tree.invocation_id(unit.facts.cgroup)
+                journal.record_unseen(
+                    unit.name, invocation, unit.facts.cgroup, missing, how.backend, how.strength
+                )
+                self.announce(unit.name, unit.facts.cgroup, unit.cgroup_id, unit.effective.action, missing, {
+                    "InvocationID": GLib.Variant("s", invocation),
+                    "Enforcement": GLib.Variant("s", how.strength),
+                })
+        return False
+
+    def announce(
+        self, unit: str, cgroup: str, cgroup_id: int, action: Action, pages: int, detail: dict[str, Any]
+    ) -> None:
+        if self.face is not None:
+            self.face.data_lost(unit, cgroup, cgroup_id, str(action), pages, detail)
 
     # Reports ----------------------------------------------------------------------------------
 
