@@ -206,15 +206,22 @@ class Daemon:
 
     def _refreshed(self, waiting: list[Callable[[], None]], names: list[str], units: list[UnitFacts]) -> None:
         cgroups = self.tree.units()
-        found = {facts.name: replace(facts, cgroup=cgroups.get(facts.name, "")) for facts in units}
-        known = {name: self.reconciler.units[name].facts for name in names if name in self.reconciler.units}
-        self.reconciler.replace_all(facts for facts in (known | found).values() if facts.exists)
+        found = {facts.name for facts in units}
+        for name in names:
+            if name not in found and name in self.reconciler.units:
+                units.append(self.reconciler.units[name].facts)
+        running = (
+            replace(facts, cgroup=cgroups[facts.name]) if facts.name in cgroups and facts.name in found else facts
+            for facts in units
+        )
+        self.reconciler.replace_all(facts for facts in running if facts.exists)
         self._refreshing = False
-        give_back_memory()
+        give_back_memory()  # before there is more to keep, which would lie above it
         if self.face is not None:
             self.face.manager_changed()
         for done in waiting:
             done()
+        give_back_memory()
         if self._refresh_asked:
             self._begin_refresh()
 

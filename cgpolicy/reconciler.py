@@ -62,6 +62,7 @@ class Unit:
     corrected: bool = False  # put right once in this cgroup; not a second time
     reported: frozenset[Problem] = NO_PROBLEMS
     told: tuple[object, ...] = ()  # visible() when it was last reported
+    published: tuple[object, ...] | None = None  # told, as it was on the bus last; kept here for memory's sake
 
     @property
     def name(self) -> str:

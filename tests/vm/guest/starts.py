@@ -42,7 +42,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.instance = TRACING / "instances/starts"
-        (TRACING / "kprobe_events").write_text("p:starts/policy_write memory_failure_dirty_action_write\n")
+        self.define("p:starts/policy_write memory_failure_dirty_action_write")
         self.instance.mkdir()
         (self.instance / "trace_clock").write_text("mono")
         (self.instance / "buffer_size_kb").write_text("4096")
@@ -53,7 +53,12 @@ class Clock:
         for event in ("cgroup/cgroup_mkdir", "starts/policy_write"):
             (self.instance / f"events/{event}/enable").write_text("0")
         self.instance.rmdir()
-        (TRACING / "kprobe_events").write_text("-:starts/policy_write\n")
+        self.define("-:starts/policy_write")
+
+    def define(self, probe: str) -> None:
+        # To truncate that file is to remove everybody's probes.
+        with open(TRACING / "kprobe_events", "a") as file:
+            file.write(f"{probe}\n")
 
     def read(self) -> tuple[dict[str, float], list[float]]:
         """Return when each cgroup was made, and when policies were written."""
