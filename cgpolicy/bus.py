@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from gi.repository import Gio, GLib
@@ -25,8 +25,10 @@ from cgpolicy.enforcement import Enforcement
 from cgpolicy.error import NoSuchUnit, NotSupported, UserError
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.polkit import Authority
+from cgpolicy.rawglib import address, object_unref
 from cgpolicy.reconciler import Reconciler, State, Unit
 from cgpolicy.setting import read_setting
+from cgpolicy.subtree import Subtree
 from cgpolicy.systemd import UnitFacts
 from cgpolicy.systemd_watch import SystemdWatch
 from cgpolicy.unitname import (
@@ -58,7 +60,7 @@ FNM_NOESCAPE = 2  # as systemctl's own patterns; glibc's fnmatch.h
 WAITING_MAX = 256
 WAITING_MAX_BY_SENDER = 64
 
-INTERFACES = Gio.DBusNodeInfo.new_for_xml(resources.files("cgpolicy").joinpath(f"{NAME}.xml").read_text())
+INTERFACES = Gio.DBusNodeInfo.new_for_xml(Path(__file__).with_name(f"{NAME}.xml").read_text())
 
 
 class Refused(UserError):
@@ -76,10 +78,9 @@ def free_after_reply(invocation: Any) -> None:
     GLib 2.84 takes the reference itself.
     """
     if (GLib.MAJOR_VERSION, GLib.MINOR_VERSION) < (2, 84):
-        _gobject.g_object_unref(ctypes.c_void_p(hash(invocation)))
+        object_unref(address(invocation))
 
 
-_gobject = ctypes.CDLL("libgobject-2.0.so.0")
 _libc = ctypes.CDLL(None)
 
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -117,9 +118,10 @@ def unit_path(unit: str) -> str:
     return UNIT_PATH + bus_label_escape(unit)
 
 
-def unit_of_path(path: str) -> str:
-    """Return the unit whose object is at a path."""
-    return bus_label_unescape(path.removeprefix(UNIT_PATH))
+def unit_of_label(label: str) -> str:
+    """Return the unit whose object has this label as the last element of its path, "" for a label of none."""
+    name = bus_label_unescape(label)
+    return name if bus_label_escape(name) == label else ""
 
 
 # Of org.cgpolicy1.Unit, in the order of flat().
@@ -158,35 +160,27 @@ class BusFace:
         self._files = files
         self._refresh = refresh
         self._enforcement = enforcement
-        self._registered: dict[str, int] = {}
-        self._last: dict[str, tuple[object, ...]] = {}  # Unit.told as it was published
         self._manager_last: dict[str, Any] = {}
         self._waiting: Counter[str] = Counter()
         self._counting = False
-        self._register(MANAGER_PATH, MANAGER, self._manager_call, self._manager_property)
+        self._connection.register_object(
+            MANAGER_PATH, INTERFACES.lookup_interface(MANAGER), self._manager_call, self._manager_property, None
+        )
+        self._objects = Subtree(
+            bus.con, UNIT_PATH.rstrip("/"), INTERFACES.lookup_interface(UNIT),
+            exists=lambda label: unit_of_label(label) in reconciler.units,
+            labels=lambda: map(bus_label_escape, reconciler.units),
+            call=self._unit_call,
+        )
         for unit in reconciler.units.values():
-            self._publish(unit)
+            unit.published = unit.told
         self._manager_last = self._manager_changing()
-
-    def _register(self, path: str, interface: str, call: Any, get: Any) -> int:
-        # Without a setter GDBus hands Properties.Set to the method handler, which can answer later.
-        number = self._connection.register_object(path, INTERFACES.lookup_interface(interface), call, get, None)
-        return int(number)
 
     # What others see --------------------------------------------------------------------------
 
-    def _publish(self, unit: Unit) -> None:
-        if unit.name not in self._registered:
-            # The same two functions for all: on 10,000 units closures of their own take 10 MiB.
-            self._registered[unit.name] = self._register(
-                unit_path(unit.name), UNIT, self._unit_call, self._unit_property
-            )
-        self._last[unit.name] = unit.told
-
     def unit_changed(self, unit: Unit) -> None:
-        """Publish a unit, or tell what of it changed."""
-        known = self._last.get(unit.name)
-        self._publish(unit)
+        """Tell what changed of a unit, if it is not new."""
+        known, unit.published = unit.published, unit.told
         changed = self._unit_changing(unit, known) if known is not None else {}
         if changed:
             self._emit(unit_path(unit.name), PROPERTIES, "PropertiesChanged",
@@ -197,11 +191,7 @@ class BusFace:
         self._manager_changed()
 
     def unit_removed(self, name: str) -> None:
-        """Take a unit's object away."""
-        number = self._registered.pop(name, None)
-        if number is not None:
-            self._connection.unregister_object(number)
-        self._last.pop(name, None)
+        """Note that a unit's object is gone."""
         self._manager_changed()
 
     def data_lost(
@@ -250,7 +240,7 @@ class BusFace:
             return GLib.Variant("s", __version__)
         return self._manager_changing()[name]
 
-    def _unit_changing(self, unit: Unit, since: tuple[object, ...] = ()) -> dict[str, Any]:
+    def _unit_changing(self, unit: Unit, since: tuple[object, ...] | None = None) -> dict[str, Any]:
         """Return the properties that change; given what was published, those only that are different now."""
         before = flat(since) if since else None
         return {
@@ -260,17 +250,14 @@ class BusFace:
             if before is None or now != before[position]
         }
 
-    def _unit_property(self, connection: Any, sender: str, path: str, interface: str, name: str) -> Any:
-        unit = self._reconciler.units.get(unit_of_path(path))
-        if unit is None:
-            return None
-        if name == "Id":
-            return GLib.Variant("s", unit.name)
-        if name == "FailureDirty":
-            return GLib.Variant("t", self._reconciler.events(unit).failure_dirty)
-        if name == "FailureDirtyKill":
-            return GLib.Variant("t", self._reconciler.events(unit).failure_dirty_kill)
-        return self._unit_changing(unit)[name]
+    def _unit_properties(self, unit: Unit) -> dict[str, Any]:
+        events = self._reconciler.events(unit)
+        return {
+            "Id": GLib.Variant("s", unit.name),
+            **self._unit_changing(unit),
+            "FailureDirty": GLib.Variant("t", events.failure_dirty),
+            "FailureDirtyKill": GLib.Variant("t", events.failure_dirty_kill),
+        }
 
     # What others ask --------------------------------------------------------------------------
 
@@ -289,16 +276,25 @@ class BusFace:
         }
         self._guarded(invocation, methods[method], invocation, *arguments.unpack())
 
-    def _unit_call(
-        self, connection: Any, sender: str, path: str, interface: str, method: str, arguments: Any, invocation: Any
-    ) -> None:
-        unit = unit_of_path(path)
-        # The interface has no methods and one property to be written: this is Properties.Set of it.
-        _, _, value = arguments.unpack()
-        if not value:
-            self._guarded(invocation, self._unset_unit, invocation, unit, False, 0)
+    def _unit_call(self, label: str, method: str, arguments: Any, invocation: Any) -> None:
+        """Answer Properties.Get, GetAll and Set: the interface has no methods, and one property to be written."""
+        name, (_, *words) = unit_of_label(label), arguments.unpack()
+
+        def answer() -> None:
+            if name not in self._reconciler.units:
+                raise NoSuchUnit(f"{name} is gone")
+            values = self._unit_properties(self._reconciler.units[name])
+            if method == "Get":
+                reply(invocation, GLib.Variant("(v)", (values[words[0]],)))
+            else:
+                reply(invocation, GLib.Variant("(a{sv})", (values,)))
+
+        if method != "Set":
+            self._guarded(invocation, answer)
+        elif not words[1]:
+            self._guarded(invocation, self._unset_unit, invocation, name, False, 0)
         else:
-            self._guarded(invocation, self._set_unit, invocation, unit, value, False, 0)
+            self._guarded(invocation, self._set_unit, invocation, name, words[1], False, 0)
 
     def _guarded(self, invocation: Any, step: Callable[..., None], *arguments: Any) -> None:
         """Run one step of a call; whatever goes wrong becomes its answer, and the daemon lives on."""
@@ -467,7 +463,6 @@ class BusFace:
 
     def _get_unit(self, invocation: Any, name: str) -> None:
         def answer(unit: Unit) -> None:
-            self._publish(unit)
             reply(invocation, GLib.Variant("(o)", (unit_path(unit.name),)))
 
         self._with_unit(invocation, name, answer)

@@ -18,56 +18,41 @@ from ctypes import c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from typing import Any
 
-from gi.repository import Gio, GLib, GObject
+from gi.repository import Gio, GLib
+
+from cgpolicy.rawglib import address, function, gio, glib, wrapped
 
 PROPERTIES = "org.freedesktop.DBus.Properties"
 
 # The values of the answer, or None and the name of the error.
 Done = Callable[[tuple[Any, ...] | None, str], None]
 
-_glib = ctypes.CDLL("libglib-2.0.so.0")
-_gio = ctypes.CDLL("libgio-2.0.so.0")
-
-
-def _function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
-    function = getattr(library, name)
-    function.restype, function.argtypes = result, arguments
-    return function
-
-
 _Ready = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p)  # GAsyncReadyCallback
 _SourceFunc = ctypes.CFUNCTYPE(c_int, c_void_p)
 
-_send = _function(
-    _gio, "g_dbus_connection_send_message_with_reply", None,
+_send = function(
+    gio, "g_dbus_connection_send_message_with_reply", None,
     c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, _Ready, c_void_p,
 )
-_call = _function(
-    _gio, "g_dbus_connection_call", None,
+_call = function(
+    gio, "g_dbus_connection_call", None,
     c_void_p, c_char_p, c_char_p, c_char_p, c_char_p, c_void_p, c_void_p, c_uint, c_int, c_void_p, _Ready, c_void_p,
 )
-_call_finish = _function(_gio, "g_dbus_connection_call_finish", c_void_p, c_void_p, c_void_p, c_void_p)
-_append = _function(_gio, "g_list_store_append", None, c_void_p, c_void_p)
-_timeout_add = _function(_glib, "g_timeout_add", c_uint, c_uint, _SourceFunc, c_void_p)
-_new_string = _function(_glib, "g_variant_new_string", c_void_p, c_char_p)
-_new_tuple = _function(_glib, "g_variant_new_tuple", c_void_p, ctypes.POINTER(c_void_p), c_size_t)
-_ref_sink = _function(_glib, "g_variant_ref_sink", c_void_p, c_void_p)
-_unref = _function(_glib, "g_variant_unref", None, c_void_p)
-_type = _function(_glib, "g_variant_get_type_string", c_char_p, c_void_p)
-_child = _function(_glib, "g_variant_get_child_value", c_void_p, c_void_p, c_size_t)
-_children = _function(_glib, "g_variant_n_children", c_size_t, c_void_p)
-_variant = _function(_glib, "g_variant_get_variant", c_void_p, c_void_p)
-_string = _function(_glib, "g_variant_get_string", c_char_p, c_void_p, c_void_p)
+_call_finish = function(gio, "g_dbus_connection_call_finish", c_void_p, c_void_p, c_void_p, c_void_p)
+_timeout_add = function(glib, "g_timeout_add", c_uint, c_uint, _SourceFunc, c_void_p)
+_new_string = function(glib, "g_variant_new_string", c_void_p, c_char_p)
+_new_tuple = function(glib, "g_variant_new_tuple", c_void_p, ctypes.POINTER(c_void_p), c_size_t)
+_ref_sink = function(glib, "g_variant_ref_sink", c_void_p, c_void_p)
+_unref = function(glib, "g_variant_unref", None, c_void_p)
+_type = function(glib, "g_variant_get_type_string", c_char_p, c_void_p)
+_child = function(glib, "g_variant_get_child_value", c_void_p, c_void_p, c_size_t)
+_children = function(glib, "g_variant_n_children", c_size_t, c_void_p)
+_variant = function(glib, "g_variant_get_variant", c_void_p, c_void_p)
+_string = function(glib, "g_variant_get_string", c_char_p, c_void_p, c_void_p)
 
 _numbers = itertools.count(1)
 _under_way: dict[int, Callable[[int, int], None]] = {}  # what takes a connection and the result of a call
 _timers: dict[int, tuple[Callable[[], bool], int]] = {}
-_finished = Gio.ListStore.new(GObject.Object)  # where PyGObject can take over what C hands to the callback
-
-
-def address(thing: Any) -> int:
-    """Return where the C object is that PyGObject wraps."""
-    return hash(thing)
 
 
 def _answered(connection: int, result: int, number: int) -> None:
@@ -103,11 +88,8 @@ def call(
         message.set_body(arguments)
 
     def answered(_: int, result: int) -> None:
-        _append(address(_finished), result)
-        task = _finished.get_item(0)
-        _finished.remove_all()
         try:
-            reply = connection.send_message_with_reply_finish(task)
+            reply = connection.send_message_with_reply_finish(wrapped(result))
         except GLib.Error as error:  # no answer in time, or the connection is gone
             done(None, error.message)
             return

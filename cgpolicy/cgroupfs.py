@@ -25,6 +25,9 @@ CONTROL_FILE = "cgroup.subtree_control"
 # trusted.* needs CAP_SYS_ADMIN, so an unprivileged owner of a delegated cgroup cannot forge it.
 MARK = "trusted.cgpolicy"
 
+# How many of its losses were reported: memory.events tells how many there were.
+TOLD = "trusted.cgpolicy.told"
+
 # systemd's own (src/core/cgroup.c, cgroup_xattr_apply()); saves a question to PID 1.
 INVOCATION_ID = ("trusted.invocation_id", "user.invocation_id")
 
@@ -120,6 +123,33 @@ class CgroupTree:
             return Action(os.getxattr(self.path(cgroup), MARK).decode())
         except (OSError, ValueError):
             return None
+
+    def told(self, cgroup: str) -> int:
+        """Return how many lost pages of a unit's cgroup have been reported, by this daemon or one before it."""
+        try:
+            return int(os.getxattr(self.path(cgroup), TOLD))
+        except (OSError, ValueError):
+            return 0
+
+    def add_told(self, cgroup: str, pages: int) -> None:
+        """Note that so many lost pages more have been reported; a cgroup that is gone needs no note."""
+        with contextlib.suppress(OSError):
+            os.setxattr(self.path(cgroup), TOLD, b"%d" % (self.told(cgroup) + pages))
+
+    def lost(self) -> dict[str, int]:
+        """Return the cgroups of units that have lost pages and how many (memory.events), descendants included."""
+        found: dict[str, int] = {}
+        pending = [""]
+        while pending:
+            parent = pending.pop()
+            for directory in self.children(parent):
+                cgroup = f"{parent}/{directory}"
+                pages = self.events(cgroup).failure_dirty
+                if pages and directory.endswith(".slice"):
+                    pending.append(cgroup)
+                elif pages:
+                    found[cgroup] = pages
+        return found
 
     def cgroup_id(self, cgroup: str) -> int:
         """Return the kernel's id of a cgroup, 0 if it is gone; on 64 bit it is the directory's inode number."""

@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
@@ -16,7 +17,7 @@ from typing import Any
 import pydbus
 from gi.repository import GLib
 
-from cgpolicy import __version__, enforcement, journal
+from cgpolicy import __version__, buscall, enforcement, journal
 from cgpolicy.action import Action
 from cgpolicy.bus import BusFace
 from cgpolicy.cgroupfs import (
@@ -36,6 +37,7 @@ from cgpolicy.enforcer import Armed, Ended, Enforcer, Fault, Missed, Unarmed
 from cgpolicy.error import UserError
 from cgpolicy.libsystemd import part
 from cgpolicy.losses import FileLoss, LossReader, by_file
+from cgpolicy.losstally import WINDOW, LossTally
 from cgpolicy.machined import MachineWatch
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.polkit import Authority
@@ -48,6 +50,7 @@ from cgpolicy.unitname import ROOT_SLICE, unit_type
 sd_daemon = part("daemon")
 
 SWEEP_SECONDS = 600
+CHECK_SECONDS = 2 * WINDOW
 
 
 def lasting(handler: Callable[..., None]) -> Callable[..., bool]:
@@ -89,6 +92,8 @@ class Daemon:
         self.watch = SystemdWatch(self.bus, loaded=self.unit_loaded, removed=self.unit_removed, refresh=self.refresh)
         self.machines = MachineWatch(self.bus, self.machine_changed)
         self.reconciler = Reconciler(self.tree, self.files, machine_uuid=self.machines.uuid)
+        self.tally = LossTally(self.report)
+        self._flushing = False
         self._refreshing = False
         self._refresh_asked: list[Callable[[], None]] = []
 
@@ -150,6 +155,7 @@ class Daemon:
             self.fail(f"cannot own {NAME} on the bus: {error}")
             return
         self.notify_ready()
+        self.cross_check()
 
     def fail(self, message: str) -> None:
         journal.log_error(message)
@@ -216,18 +222,25 @@ class Daemon:
 
     def _refreshed(self, waiting: list[Callable[[], None]], names: list[str], units: list[UnitFacts]) -> None:
         cgroups = self.tree.units()
-        found = {facts.name: replace(facts, cgroup=cgroups.get(facts.name, "")) for facts in units}
-        known = {name: self.reconciler.units[name].facts for name in names if name in self.reconciler.units}
+        found = {facts.name for facts in units}
+        for name in names:
+            if name not in found and name in self.reconciler.units:
+                units.append(self.reconciler.units[name].facts)
+        running = (
+            replace(facts, cgroup=cgroups[facts.name]) if facts.name in cgroups and facts.name in found else facts
+            for facts in units
+        )
         try:
-            self.reconciler.replace_all(facts for facts in (known | found).values() if facts.exists)
+            self.reconciler.replace_all(facts for facts in running if facts.exists)
         finally:
             # Whatever went wrong, the next round begins anew, and whoever waits for this one is answered.
             self._refreshing = False
-            give_back_memory()
+            give_back_memory()  # before there is more to keep, which would lie above it
             if self.face is not None:
                 self.face.manager_changed()
             for done in waiting:
                 done()
+            give_back_memory()
             if self._refresh_asked:
                 self._begin_refresh()
 
@@ -238,6 +251,7 @@ class Daemon:
     @lasting
     def sweep(self) -> None:
         self.reconciler.sweep()
+        self.cross_check()
 
     def unit_loaded(self, facts: UnitFacts) -> None:
         self.reconciler.load(facts)
@@ -302,7 +316,10 @@ class Daemon:
     @lasting
     def losses_waiting(self, source: object, condition: object) -> None:
         for loss in by_file(self.losses.read()):
-            self.report(loss)
+            self.lost(loss)
+        if self.losses.dropped:
+            self.losses.dropped = 0
+            self.cross_check()
 
     @lasting
     def enforcer_says(self, source: object, condition: object) -> None:
@@ -319,7 +336,7 @@ class Daemon:
                     case Missed(events):
                         journal.log_warning(f"{events} events were lost: policies may not have been enforced")
                     case FileLoss():
-                        self.report(said)
+                        self.lost(said)
         except Ended as error:
             # systemd starts this program again, and that the reactor: one way for every fault.
             self.fail(str(error))
@@ -345,15 +362,29 @@ class Daemon:
             self.reconciler.sweep()
             self.face.manager_changed()
 
-    def report(self, loss: FileLoss) -> None:
-        """Report pages of one file that a cgroup lost together: one journal record, one signal."""
-        owner = self.reconciler.owner(loss.lineage) or Owner("", "", "")
+    def lost(self, loss: FileLoss) -> None:
+        """Take pages of one file that a cgroup lost together."""
+        self.tally.add(self.reconciler.owner(loss.lineage) or Owner("", "", ""), loss, time.monotonic())
+        if not self._flushing:
+            self._flushing = True
+            buscall.after(int(WINDOW * 1000), self.flush)
+
+    def flush(self) -> bool:
+        try:
+            self._flushing = self.tally.flush(time.monotonic())
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+        return self._flushing
+
+    def report(self, owner: Owner, loss: FileLoss) -> None:
+        """Report losses of one run of a unit: one journal record, one signal."""
         how = self.strength()
-        if self.enforcer is not None and owner.unit in self.reconciler.units:
-            self.enforcer.table.count(self.reconciler.units[owner.unit].facts.cgroup, loss.pages, loss.kills)
+        unit = self.reconciler.units.get(owner.unit)
+        if unit is not None and self.enforcer is not None:
+            self.enforcer.table.count(unit.facts.cgroup, loss.pages, loss.kills)
+        elif unit is not None and self.tree.invocation_id(unit.facts.cgroup) == owner.invocation_id:
+            self.tree.add_told(unit.facts.cgroup, loss.pages)
         journal.record_loss(owner.unit, owner.invocation_id, owner.cgroup, loss, how.backend, how.strength)
-        if self.face is None:
-            return
         detail: dict[str, Any] = {
             "Device": GLib.Variant("(uu)", loss.device),
             "Inode": GLib.Variant("t", loss.inode),
@@ -363,7 +394,41 @@ class Daemon:
             "Enforcement": GLib.Variant("s", how.strength),
             "Reaction": GLib.Variant("s", loss.reaction),
         }
-        self.face.data_lost(owner.unit, owner.cgroup, loss.cgroup_id, str(loss.action), loss.pages, detail)
+        if loss.files > 1:
+            detail["Files"] = GLib.Variant("t", loss.files)
+        self.announce(owner.unit, owner.cgroup, loss.cgroup_id, loss.action, loss.pages, detail)
+
+    def cross_check(self) -> None:
+        """Compare what was reported with the kernel's counters, and report what is missing."""
+        if self.enforcer is not None:
+            return  # which counts itself what it sees
+        counted = self.tree.lost()
+        if counted:
+            # Reports of what is counted already have been read by then.
+            buscall.after(int(CHECK_SECONDS * 1000), partial(self._checked, counted))
+
+    def _checked(self, counted: dict[str, int]) -> bool:
+        how = self.strength()
+        for unit in list(self.reconciler.units.values()):
+            pages = counted.get(unit.facts.cgroup, 0)
+            missing = pages - self.tree.told(unit.facts.cgroup) if pages else 0
+            if missing > 0:
+                self.tree.add_told(unit.facts.cgroup, missing)
+                invocation = self.tree.invocation_id(unit.facts.cgroup)
+                journal.record_unseen(
+                    unit.name, invocation, unit.facts.cgroup, missing, how.backend, how.strength
+                )
+                self.announce(unit.name, unit.facts.cgroup, unit.cgroup_id, unit.effective.action, missing, {
+                    "InvocationID": GLib.Variant("s", invocation),
+                    "Enforcement": GLib.Variant("s", how.strength),
+                })
+        return False
+
+    def announce(
+        self, unit: str, cgroup: str, cgroup_id: int, action: Action, pages: int, detail: dict[str, Any]
+    ) -> None:
+        if self.face is not None:
+            self.face.data_lost(unit, cgroup, cgroup_id, str(action), pages, detail)
 
     # Reports ----------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ IDENTIFIER = "cgpolicyd"
 
 # Made with systemd-id128 new; units/cgpolicy.catalog explains them to journalctl -x.
 LOSS_ID = "6935ae465d074405a4cc4710e737d4de"
+UNSEEN_ID = "f4e2ea4cac9a4e98b6e436f1d710cf70"
 PROBLEM_ID = "1c511847d9ed4560b6fc1d5d45c9e892"
 
 ERROR, WARNING, NOTICE = 3, 4, 5  # syslog(3)
@@ -58,9 +59,13 @@ def record_loss(
     device = f"{loss.device[0]}:{loss.device[1]}"
     whose = unit or cgroup or f"cgroup {loss.cgroup_id}, which is gone"
     known = bool(loss.positions)
-    what = f"{loss.pages} pages of several files"
-    if known:
+    if not known:
+        what = f"{loss.pages} pages of several files"
+    elif loss.files > 1:
+        what = f"{loss.pages} pages of {loss.files} files, the first"
+    else:
         what = "page" if loss.pages == 1 else f"{loss.pages} pages, the first"
+    if known:
         what += f" at device {device} inode {loss.inode} offset {loss.positions[0]}"
     reaction = f": {loss.reaction}" if loss.reaction else ""
     send(
@@ -80,6 +85,25 @@ def record_loss(
         CGPOLICY_OFFSET=loss.positions[0] if known else "",
         CGPOLICY_PFN=f"{loss.pfns[0]:#x}",
         CGPOLICY_PAGES=loss.pages,
+        CGPOLICY_FILES=loss.files if loss.files > 1 else "",
+        CGPOLICY_BACKEND=backend,
+        CGPOLICY_ENFORCEMENT=enforcement,
+    )
+
+
+def record_unseen(unit: str, invocation_id: str, cgroup: str, pages: int, backend: str, enforcement: str) -> None:
+    """Record pages that the kernel has counted for a unit and that no report came of."""
+    what = "page" if pages == 1 else f"{pages} pages"
+    send(
+        ERROR,
+        f"{unit}: dirty page cache lost: {what} more than were seen one by one, by memory.events of {cgroup};"
+        " see the kernel log for which",
+        MESSAGE_ID=UNSEEN_ID,
+        OBJECT_SYSTEMD_UNIT=unit,
+        CGPOLICY_UNIT=unit,
+        INVOCATION_ID=invocation_id,
+        CGPOLICY_CGROUP=cgroup,
+        CGPOLICY_PAGES=pages,
         CGPOLICY_BACKEND=backend,
         CGPOLICY_ENFORCEMENT=enforcement,
     )

@@ -61,6 +61,7 @@ class FileLoss:
     pfns: tuple[int, ...]
     lineage: tuple[int, ...]
     reaction: str = ""
+    files: int = 1  # more if those of several files are told of together: device, inode and positions are the first's
     kills: int = 0  # times that the reaction was carried out for them
 
 

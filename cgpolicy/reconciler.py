@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cgpolicy import dropin
 from cgpolicy.action import Action
 from cgpolicy.cgroupfs import CgroupTree, Effective, Events, unit_of_directory
 from cgpolicy.error import NotSupported, UserError
@@ -20,7 +21,7 @@ from cgpolicy.resolve import UNDECIDED, Decision, SourceKind, resolve
 from cgpolicy.setting import UNSET, Setting, read_setting
 from cgpolicy.systemd import UnitFacts, read_files, with_drop_in
 from cgpolicy.unitfile import Problem
-from cgpolicy.unitname import machine_name, parent_slices, unit_type
+from cgpolicy.unitname import ROOT_SLICE, machine_name, parent_slices, unit_type
 
 # Units kept in mind though PID 1 has unloaded them: it does so with every unit that is stopped and that nothing
 # loaded refers to. At the next start a policy that is known already is applied at once.
@@ -61,6 +62,7 @@ class Unit:
     corrected: bool = False  # put right once in this cgroup; not a second time
     reported: frozenset[Problem] = NO_PROBLEMS
     told: tuple[object, ...] = ()  # visible() when it was last reported
+    published: tuple[object, ...] | None = None  # told, as it was on the bus last; kept here for memory's sake
 
     @property
     def name(self) -> str:
@@ -188,6 +190,10 @@ class Reconciler:
         if unit is not None:
             unit.facts = replace(unit.facts, cgroup=cgroup)
             self._settle(unit)
+        elif unit_type(name) == "scope":
+            # A transient unit under a name that was never seen: what can be told without PID 1, until it answers.
+            slice_ = unit_of_directory(parent.rpartition("/")[2]) or ROOT_SLICE
+            self._take(UnitFacts(name, "loaded", dropin.find(name, self.files.root), slice_, cgroup))
 
     def cgroup_removed(self, parent: str, directory: str) -> None:
         """Note that a unit has lost its cgroup: it ended, or is on its way to a new one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -88,7 +89,8 @@ def facts(unit: str, values: dict[str, object]) -> UnitFacts:
     if unit_type(unit) == "slice" and unit != ROOT_SLICE and not parent:
         parent = ROOT_SLICE
     cgroup = str(values["ControlGroup"])
-    return UnitFacts(unit, str(values["LoadState"]), tuple(files), parent, "" if cgroup == "/" else cgroup)
+    load_state = sys.intern(str(values["LoadState"]))  # a few strings for all units
+    return UnitFacts(unit, load_state, tuple(files), sys.intern(parent), "" if cgroup == "/" else cgroup)
 
 
 def read_files(paths: Iterable[str]) -> Setting:

@@ -29,7 +29,7 @@ from cgpolicy import journal
 os.makedirs(journal.SOCKET.parent)
 receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 receiver.bind(str(journal.SOCKET))
-for send in (test_journal.send_loss, test_journal.send_problem):
+for send in (test_journal.send_loss, test_journal.send_problem, test_journal.send_unseen):
     send()
     print(json.dumps(dict(line.split("=", 1) for line in receiver.recv(65536).decode().splitlines())))
 """
@@ -41,6 +41,10 @@ def send_loss() -> None:
 
 def send_problem() -> None:
     journal.warn_problem("web.service", Problem("/etc/x.conf", 3, "no = in line: x"))
+
+
+def send_unseen() -> None:
+    journal.record_unseen("web.service", "8f2a", "/system.slice/web.service", 7, "kernel", "synchronous")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,23 @@ def test_what_a_record_of_a_problem_holds(records: list[dict[str, str]]) -> None
         "OBJECT_SYSTEMD_UNIT": "web.service",
         "CGPOLICY_PATH": "/etc/x.conf",
         "CGPOLICY_LINE": "3",
+    }
+
+
+def test_what_a_record_of_unseen_losses_holds(records: list[dict[str, str]]) -> None:
+    said = "web.service: dirty page cache lost: 7 pages more than were seen one by one, by memory.events of "
+    assert records[2].pop("MESSAGE") == f"{said}/system.slice/web.service; see the kernel log for which"
+    assert records[2] == {
+        "PRIORITY": "3",
+        "SYSLOG_IDENTIFIER": "cgpolicyd",
+        "MESSAGE_ID": journal.UNSEEN_ID,
+        "OBJECT_SYSTEMD_UNIT": "web.service",
+        "CGPOLICY_UNIT": "web.service",
+        "INVOCATION_ID": "8f2a",
+        "CGPOLICY_CGROUP": "/system.slice/web.service",
+        "CGPOLICY_PAGES": "7",
+        "CGPOLICY_BACKEND": "kernel",
+        "CGPOLICY_ENFORCEMENT": "synchronous",
     }
 
 

@@ -17,7 +17,7 @@ PACKAGE = TREE / "cgpolicy"
 # What is true, and what the machine says; the rest is what runs.
 TRUE = {"action", "error", "unitname", "unitfile", "setting", "resolve"}
 SAID = {"cgroupfs", "losses", "systemd", "systemd_watch", "machined", "polkit", "policyfile", "journal"}
-SAID |= {"buscall", "libsystemd"}
+SAID |= {"buscall", "dropin", "libsystemd", "rawglib"}
 
 BINDINGS = {"gi", "pydbus", "pystemd"}
 OUTSIDE = {"ctypes", "glob", "io", "logging", "os", "pathlib", "shutil", "signal", "socket", "subprocess", "tempfile"}

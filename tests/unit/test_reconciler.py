@@ -296,6 +296,38 @@ def test_a_cgroup_of_an_unknown_unit_is_kept_for_it(host: Host) -> None:
     assert host.load("new.service", "kill", cgroup="").state is State.INACTIVE
 
 
+@pytest.mark.parametrize(
+    ("drop_ins", "wanted"),
+    [
+        ({}, "continue"),
+        ({"etc/systemd/system/scope.d/50.conf": "kill"}, "kill"),
+        ({"etc/systemd/system/machine-.scope.d/50.conf": "kill"}, "kill"),
+        # Of one base name the directory with precedence counts, and then the more specific.
+        ({"etc/systemd/system/scope.d/50.conf": "kill",
+          "run/systemd/system/machine-a.scope.d/50.conf": "panic"}, "kill"),
+        ({"etc/systemd/system/scope.d/50.conf": "kill",
+          "etc/systemd/system/machine-.scope.d/50.conf": "panic"}, "panic"),
+        ({"etc/systemd/system/scope.d/60.conf": "kill",
+          "etc/systemd/system/machine-.scope.d/50.conf": "panic"}, "kill"),
+        ({"etc/systemd/system/service.d/50.conf": "kill"}, "continue"),
+        ({"etc/cgpolicy/machines/a.conf": "kill"}, "kill"),
+        ({"etc/systemd/system/machine.slice": "kill"}, "kill"),
+    ],
+)
+def test_a_scope_never_seen_gets_its_value_before_pid_1_has_spoken(
+    host: Host, drop_ins: dict[str, str], wanted: str
+) -> None:
+    for name, action in drop_ins.items():
+        path = host.files.root / name
+        path.parent.mkdir(parents=True)
+        path.write_text(f"[X-CgPolicy]\nMemoryFailureDirtyAction={action}\n")
+    host.tree.make("/machine.slice/machine-a.scope")
+    fragment = str(host.files.root / "etc/systemd/system/machine.slice")
+    host.reconciler.replace_all([UnitFacts("machine.slice", "loaded", (fragment,), "-.slice", "/machine.slice")])
+    host.reconciler.cgroup_created("/machine.slice", "machine-a.scope")
+    assert host.tree.said("/machine.slice/machine-a.scope") == wanted
+
+
 def test_units_that_are_gone_are_forgotten(host: Host) -> None:
     host.reconciler.replace_all([host.facts("web.service", "kill"), host.facts("db.service")])
     host.take_reports()

@@ -79,12 +79,23 @@ class Guest:
         return Result(done.returncode, done.stdout, done.stderr)
 
     def module(
-        self, name: str, share: Path, *, kernel: str = "patched", base: str | None = None
+        self,
+        name: str,
+        share: Path,
+        *arguments: str,
+        kernel: str = "patched",
+        base: str | None = None,
+        suite: str = "trixie",
+        packages: Sequence[str] = (),
+        timeout: float = TIMEOUT,
     ) -> list[dict[str, Any]]:
         """Run a Python module of tests/vm/guest/ from a shared directory; return the objects that it printed."""
         shutil.copytree(SCRIPTS, share / SCRIPTS.relative_to(TREE), dirs_exist_ok=True)
-        enter = 'cd /mnt/share && exec python3 -m "$0"'
-        done = self.run("sh", "-c", enter, f"tests.vm.guest.{name}", kernel=kernel, base=base, share=share)
+        enter = 'cd /mnt/share && exec /usr/bin/python3 -m "$0" "$@"'
+        done = self.run(
+            "sh", "-c", enter, f"tests.vm.guest.{name}", *arguments,
+            kernel=kernel, base=base, suite=suite, packages=packages, share=share, timeout=timeout,
+        )
         assert done.status == 0
         return [json.loads(line) for line in done.stdout.splitlines()]
 

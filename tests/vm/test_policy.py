@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vm.conftest import SCRIPTS, Guest
+from tests.vm.conftest import Guest
 
 Steps = dict[str, dict[str, Any]]
 
@@ -50,14 +49,6 @@ def policy(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Steps:
 @pytest.fixture(scope="module")
 def recovery(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Steps:
     return steps(guest, "recovery", tmp_path_factory.mktemp("recovery"))
-
-
-@pytest.fixture(scope="module")
-def starts(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    share = tmp_path_factory.mktemp("starts")
-    compile_c = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-nostdlib", "-ffreestanding"]
-    subprocess.run([*compile_c, "-o", share / "first", SCRIPTS / "first.c"], check=True)
-    return steps(guest, "starts", share)
 
 
 @pytest.fixture(scope="module")
@@ -164,28 +155,6 @@ def test_sandbox(policy: Steps) -> None:
     match = re.search(r"for cgpolicyd\.service: ([0-9.]+)", policy["security"]["text"])
     assert match
     assert float(match[1]) < 3.0
-
-
-# Started --------------------------------------------------------------------------------------
-
-
-@pytest.mark.idle
-def test_before_the_first_instruction(starts: Steps) -> None:
-    """What the main process reads with its first system call, in 50 starts one after another on an idle guest."""
-    assert starts["unset"]["reads"] == ["continue"] * 2
-    assert starts["inotify"]["reads"] == ["kill"] * 50
-
-
-@pytest.mark.idle
-def test_apply_without_daemon(starts: Steps) -> None:
-    """ExecStartPre=+cgpolicy apply %n needs no daemon, and the start fails where the value cannot be set."""
-    assert starts["no daemon"]["reads"] == ["continue"] * 2
-    said = "probe.service: kill, from /etc/systemd/system/probe.service.d/50-policy.conf:2, is in force"
-    assert starts["apply"]["reads"] == [said, "kill"] * 3
-    seen = starts["cannot apply"]
-    assert seen["status"] != 0
-    (said,) = seen["reads"]
-    assert said.startswith("cgpolicy: /bare.slice/probe.service: no memory.failure_dirty_action")
 
 
 # Disturbed ------------------------------------------------------------------------------------

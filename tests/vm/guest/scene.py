@@ -34,9 +34,9 @@ def must(*words: str) -> str:
     return out
 
 
-def wait_for(condition: Callable[[], bool]) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = SECONDS) -> bool:
     """Return whether a condition came true in time."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False

@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Start a service 50 times with the daemon, then without it and with ExecStartPre=+cgpolicy apply %n.
+"""Start services and scopes, with the daemon, and without it but with ExecStartPre=+cgpolicy apply %n.
 
-The service's main process is first.c, whose first system call opens its own cgroup's file.
+The services' main process is first.c, whose first system call opens its own cgroup's file.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from tests.vm.guest.scene import must, run, service, setting, tell, wait_for, write
+from gi.repository import Gio, GLib
 
-STARTS = 50
+from tests.vm.guest.scene import CGROUPS, POLICY_FILE, must, run, service, setting, tell, wait_for, write
+
 READS = Path("/run/reads")
 UNIT = "probe.service"
+TRACING = Path("/sys/kernel/tracing")
+SYSTEMD = "org.freedesktop.systemd1"
+MANAGER = f"{SYSTEMD}.Manager"
 
 
 def start(count: int) -> list[str]:
@@ -25,7 +34,94 @@ def start(count: int) -> list[str]:
     return READS.read_text().splitlines()
 
 
-def main() -> None:
+class Clock:
+    """When the kernel makes a cgroup and when it takes a policy, in seconds of the monotonic clock, by tracing."""
+
+    MADE = re.compile(r" (\d+\.\d+): cgroup_mkdir: .* path=(\S+)")
+    WRITTEN = re.compile(r" (\d+\.\d+): policy_write:")
+
+    def __init__(self) -> None:
+        self.instance = TRACING / "instances/starts"
+        self.define("p:starts/policy_write memory_failure_dirty_action_write")
+        self.instance.mkdir()
+        (self.instance / "trace_clock").write_text("mono")
+        (self.instance / "buffer_size_kb").write_text("4096")
+        for event in ("cgroup/cgroup_mkdir", "starts/policy_write"):
+            (self.instance / f"events/{event}/enable").write_text("1")
+
+    def close(self) -> None:
+        for event in ("cgroup/cgroup_mkdir", "starts/policy_write"):
+            (self.instance / f"events/{event}/enable").write_text("0")
+        self.instance.rmdir()
+        self.define("-:starts/policy_write")
+
+    def define(self, probe: str) -> None:
+        # To truncate that file is to remove everybody's probes.
+        with open(TRACING / "kprobe_events", "a") as file:
+            file.write(f"{probe}\n")
+
+    def read(self) -> tuple[dict[str, float], list[float]]:
+        """Return when each cgroup was made, and when policies were written."""
+        text = (self.instance / "trace").read_text()
+        return (
+            {path: float(seconds) for seconds, path in self.MADE.findall(text)},
+            [float(seconds) for seconds in self.WRITTEN.findall(text)],
+        )
+
+
+class Scopes:
+    """Starts scopes as libvirt and machined do, and looks at each as soon as its job is reported done."""
+
+    def __init__(self) -> None:
+        self.bus = Gio.bus_get_sync(Gio.BusType.SYSTEM, None)
+        self.loop = GLib.MainLoop()
+        self.waiting = ""
+        self.seen: dict[str, tuple[float, str]] = {}
+        self.bus.signal_subscribe(SYSTEMD, MANAGER, "JobRemoved", None, None, 0, self.removed)
+        self.call("Subscribe", None)
+
+    def call(self, method: str, arguments: Any) -> None:
+        self.bus.call_sync(SYSTEMD, "/org/freedesktop/systemd1", MANAGER, method, arguments, None, 0, 600_000, None)
+
+    def removed(self, *signal: Any) -> None:
+        unit, result = signal[5].unpack()[2:]
+        if unit == self.waiting:
+            now = time.monotonic()
+            said = (CGROUPS / "machine.slice" / unit / POLICY_FILE).read_text().strip()
+            self.seen[unit] = now, said if result == "done" else result
+            self.loop.quit()
+
+    def start(self, name: str) -> None:
+        """Start a scope and return once its job is done; then end it."""
+        self.waiting = name
+        with subprocess.Popen(["/bin/sleep", "infinity"]) as process:
+            properties = [("PIDs", GLib.Variant("au", [process.pid])), ("Slice", GLib.Variant("s", "machine.slice"))]
+            self.call("StartTransientUnit", GLib.Variant("(ssa(sv)a(sa(sv)))", (name, "fail", properties, [])))
+            self.loop.run()
+            process.kill()
+        wait_for(lambda: not (CGROUPS / "machine.slice" / name).exists())
+
+
+def scopes(count: int) -> None:
+    """Start scopes that carry their policy by a drop-in for all of them, and tell what was there when."""
+    write(Path("/etc/systemd/system/machine-.scope.d/50-policy.conf"), setting("kill"))
+    must("systemctl", "daemon-reload")
+    must("systemctl", "start", "machine.slice")
+    must("busctl", "call", "org.cgpolicy1", "/org/cgpolicy1", "org.cgpolicy1.Manager", "Reload")
+    starter, clock = Scopes(), Clock()
+    for number in range(count):
+        starter.start(rf"machine-qemu\x2d{number}\x2dweb.scope")
+    made, written = clock.read()
+    clock.close()
+    applied, jobs = [], []
+    for name, (done, _) in starter.seen.items():
+        begin = made[f"/machine.slice/{name}"]
+        jobs.append(done - begin)
+        applied.append(min((moment for moment in written if moment >= begin), default=float("inf")) - begin)
+    tell(step="scopes", values=[said for _, said in starter.seen.values()], applied=applied, jobs=jobs)
+
+
+def main(by_inotify: int, by_apply: int, by_scope: int) -> None:
     shutil.copy("/mnt/share/first", "/usr/local/bin/first")
     output = f"Type=oneshot\nStandardOutput=append:{READS}\n"
     service("probe", run="/usr/local/bin/first", more=output)
@@ -35,7 +131,9 @@ def main() -> None:
     service("probe", run="/usr/local/bin/first", more=output, drop_in=setting("kill"))
     must("systemctl", "daemon-reload")
     must("busctl", "call", "org.cgpolicy1", "/org/cgpolicy1", "org.cgpolicy1.Manager", "Reload")
-    tell(step="inotify", reads=start(STARTS))
+    tell(step="inotify", reads=start(by_inotify))
+
+    scopes(by_scope)
 
     must("systemctl", "stop", "cgpolicyd")
     # D-Bus would start it again for whoever asks; cgpolicy apply does not ask.
@@ -43,7 +141,8 @@ def main() -> None:
     tell(step="no daemon", reads=start(2))
     service("probe", run="/usr/local/bin/first", more=f"ExecStartPre=+cgpolicy apply %n\n{output}")
     must("systemctl", "daemon-reload")
-    tell(step="apply", reads=start(3))
+    begin = time.monotonic()
+    tell(step="apply", reads=start(by_apply), seconds=(time.monotonic() - begin) / by_apply)
 
     # Where the value cannot be set the start fails, and the main process does not run.
     write(Path("/etc/systemd/system/bare.slice"), "[Slice]\nDisableControllers=memory\n")
@@ -55,4 +154,4 @@ def main() -> None:
     tell(step="cannot apply", status=status, reads=READS.read_text().splitlines())
 
 
-main()
+main(*map(int, sys.argv[1:]))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Load many units, a tenth of them with a policy and running; print how long cgpolicyd needs beside systemctl.
+
+The others are active without a process, so that systemctl's pattern * takes in all of them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.vm.guest.scene import CGROUPS, POLICY_FILE, RUNTIME, main_pid, must, run, setting, tell, wait_for, write
+
+SHOW = ["systemctl", "show", "--property=Id,FragmentPath,DropInPaths,ControlGroup", "*"]
+MANAGER = ("org.cgpolicy1", "/org/cgpolicy1", "org.cgpolicy1.Manager")
+IDLE_SECONDS = 60
+
+
+def timed(*words: str) -> float:
+    """Run a command that has to succeed; return the seconds that it took."""
+    begin = time.monotonic()
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - begin
+
+
+def make(count: int) -> list[str]:
+    """Write the units, load and start them; return those with a policy."""
+    special = []
+    for number in range(count):
+        name = f"bulk-{number:05}.service"
+        if number % 10 == 0:
+            special.append(name)
+            write(RUNTIME / name, "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=/bin/sleep infinity\n")
+            write(RUNTIME / f"{name}.d/50-policy.conf", setting("kill"))
+        else:
+            idle = "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStop=-/bin/true\n"
+            write(RUNTIME / name, f"[Unit]\nDefaultDependencies=no\n{idle}")
+    wants = "".join(f"Wants=bulk-{number:05}.service\n" for number in range(count))
+    write(RUNTIME / "bulk.target", f"[Unit]\n{wants}")
+    must("systemctl", "daemon-reload")
+    must("systemctl", "start", "bulk.target")
+    return special
+
+
+def value(unit: str) -> str:
+    return (CGROUPS / "system.slice" / unit / POLICY_FILE).read_text().strip()
+
+
+def memory() -> dict[str, int]:
+    """Return the daemon's resident memory, now and at most, in KiB."""
+    rows = Path(f"/proc/{main_pid('cgpolicyd')}/status").read_text().splitlines()
+    return {name: int(row.split()[1]) for row in rows for name in ("VmRSS", "VmHWM") if row.startswith(f"{name}:")}
+
+
+def switches() -> dict[str, int]:
+    """Return how often each thread of the daemon has been put to sleep, so how often it has been awake."""
+    found = {}
+    for task in Path(f"/proc/{main_pid('cgpolicyd')}/task").iterdir():
+        rows = dict(row.split(":", 1) for row in (task / "status").read_text().splitlines())
+        found[task.name] = int(rows["voluntary_ctxt_switches"]) + int(rows["nonvoluntary_ctxt_switches"])
+    return found
+
+
+def later(seconds: float) -> int:
+    """Return how often the daemon was awake during some seconds."""
+    before = switches()
+    time.sleep(seconds)
+    after = switches()
+    return sum(after.values()) - sum(before.values()) if before.keys() == after.keys() else -1
+
+
+def main(count: int) -> None:
+    must("systemctl", "stop", "cgpolicyd")
+    begin = time.monotonic()
+    special = make(count)
+    # PID 1 has signals of all those starts to send before it takes another client.
+    wait_for(lambda: run("systemctl", "list-units", "bulk-*.service")[0] == 0, 600)
+    made = time.monotonic() - begin
+    loaded = len(must("systemctl", "list-units", "--no-legend", "bulk-*.service").splitlines())
+    show = timed(*SHOW)
+    ready = timed("systemctl", "start", "cgpolicyd")
+    tell(
+        step="ready",
+        loaded=loaded,
+        policies=len(special),
+        show=show,
+        ready=ready,
+        applied=sum(value(unit) == "kill" for unit in special),
+        memory=memory(),
+        made=made,
+    )
+
+    for unit in special:
+        write(RUNTIME / f"{unit}.d/50-policy.conf", setting("panic"))
+    before = time.monotonic()
+    must("systemctl", "daemon-reload")
+    reload = time.monotonic() - before
+    wait_for(lambda: value(special[0]) == value(special[-1]) == "panic", show * 2)
+    in_step = time.monotonic() - before
+    tell(
+        step="reloaded", show=show, reload=reload, in_step=in_step,
+        applied=sum(value(unit) == "panic" for unit in special), memory=memory(),
+    )
+
+    must("busctl", "--timeout=600", "call", *MANAGER, "ListUnits", "as", "0")
+    must("busctl", "--timeout=600", "call", *MANAGER, "Reload")
+    tell(step="listed", memory=memory())
+
+    # What systemd and the daemon still have to do for each other is done once both have answered.
+    wait_for(lambda: later(1) == 0)
+    tell(step="idle", seconds=IDLE_SECONDS, wakeups=later(IDLE_SECONDS))
+
+
+main(int(sys.argv[1]))
