@@ -105,6 +105,12 @@ def kpageflags(pfn: int) -> int:
         return number_in(file.fileno(), pfn)
 
 
+def charged_to(pfn: int) -> int:
+    """Return the inode number, which is the ID, of the cgroup that is charged for a page."""
+    with open("/proc/kpagecgroup", "rb", buffering=0) as file:
+        return number_in(file.fileno(), pfn)
+
+
 def has_flag(pfn: int, *flags: int) -> bool:
     return any(kpageflags(pfn) >> flag & 1 for flag in flags)
 
