@@ -19,6 +19,8 @@ RELEASES = {"v6.1": "6.1.", "v6.12": "6.12.", "v7": "7."}
 KILLED = 9
 PANIC = 99
 
+Told = dict[str, list[dict[str, Any]]]
+
 ROUNDS = scaled(2, 50)
 STORM_PAGES = scaled(2000, 100_000)
 TIMEOUT = scaled(1200, 7200)
@@ -36,12 +38,12 @@ PANICS = [
 ]  # fmt: skip
 
 
-def late(guest: Guest, base: str, share: Path, *words: str) -> Result:
+def late(guest: Guest, base: str, share: Path, *words: str, module: str = "late") -> Result:
     for package in ("tests/vm/guest", "tests/kernel/guest"):
         shutil.copytree(TREE / package, share / package, dirs_exist_ok=True)
-    shell = 'cd /mnt/share && exec python3 -m tests.vm.guest.late "$@"'
+    shell = 'cd /mnt/share && exec python3 -m "tests.vm.guest.$0" "$@"'
     return guest.run(
-        "sh", "-c", shell, "sh", *words, kernel="stock", base=base, packages=PACKAGES, share=share, timeout=TIMEOUT
+        "sh", "-c", shell, module, *words, kernel="stock", base=base, packages=PACKAGES, share=share, timeout=TIMEOUT
     )
 
 
@@ -51,19 +53,20 @@ def base(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def told(guest: Guest, base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def told(guest: Guest, base: str, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What the guest told, by step."""
     cases = "all" if is_full() else "some"
     done = late(guest, base, tmp_path_factory.mktemp(base), "main", cases, str(ROUNDS), str(STORM_PAGES))
+    return by_step(done)
+
+
+def by_step(done: Result) -> Told:
     assert done.status == 0
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: Told = {}
     for line in done.stdout.splitlines():
         said = json.loads(line)
         found.setdefault(said.pop("step"), []).append(said)
     return found
-
-
-Told = dict[str, list[dict[str, Any]]]
 
 
 def test_status_says_in_one_line_what_this_kernel_can_do(told: Told, base: str) -> None:
@@ -225,3 +228,64 @@ def test_panic(guest: Guest, tmp_path: Path, where: str, path: str, injection: s
     assert "cgpolicyd: 0x" in done.stderr
     assert "dirty page cache lost: dev " in done.stderr
     assert "Kernel panic - not syncing: sysrq triggered crash" in done.stderr
+
+
+# The probes alone, without a daemon ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def probed(guest: Guest, base: str, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What the probes say of every path, and of what is no loss: minutes of each kernel, so with --full only."""
+    if not is_full():
+        pytest.skip("with tests/run --full")
+    return by_step(late(guest, base, tmp_path_factory.mktemp(base), module="kprobes"))
+
+
+def test_the_probes_attribute_every_path(probed: Told) -> None:
+    cases = {step: seen[0] for step, seen in probed.items() if "expected" in seen[0]}
+    assert len(cases) == 9 * 2
+    for step, seen in cases.items():
+        assert seen["losses"] == [seen["expected"]], step
+        assert seen["in_time"], step
+
+
+def test_the_probes_pass_over_what_is_no_loss(probed: Told) -> None:
+    cases = {step: seen[0] for step, seen in probed.items() if "poisoned" in seen[0]}
+    assert len(cases) == 14
+    assert {step: seen["losses"] for step, seen in cases.items()} == dict.fromkeys(cases, [])
+
+
+def test_the_probes_know_the_path_of_the_charged_cgroup(probed: Told, base: str) -> None:
+    (limit,) = probed["at the limit"]
+    assert limit["lineages"] == [limit["ids"]]
+    (below,) = probed["below the limit"]
+    assert below["lineages"] == [[*below["ids"][:12], 0, below["ids"][-1]]]
+    assert probed["root"][0]["lineages"] == [[]]
+    (removed,) = probed["removed"]
+    # Newer kernels charge the parent then.
+    assert removed["lineages"] == [removed["ids"][:1] if base == "v7" else removed["ids"]]
+
+
+def test_the_probes_are_quick_and_lose_nothing(probed: Told) -> None:
+    assert len(probed["wakes"][0]["microseconds"]) == 5
+    (storm,) = probed["storm"]
+    assert (storm["right"], storm["dropped"]) == (True, 0)
+    assert (probed["end"][0]["unattributed"], probed["end"][0]["dropped"]) == (0, 0)
+
+
+def test_the_probes_are_taken_over_from_the_dead_only(probed: Told) -> None:
+    (seen,) = probed["taken over"]
+    assert "is in use" in seen["refusal"]
+    assert seen["held"] and seen["left"]
+    assert (seen["losses"], seen["after"]) == (1, [])
+    assert probed["leftovers"][0]["after"] == probed["disarmed"][0]["after"] == []
+
+
+def test_the_probes_notice_whoever_meddles(probed: Told) -> None:
+    (seen,) = probed["disturbed"]
+    faults, losses = seen["faults"], seen["losses"]
+    assert faults.pop("") == faults.pop("again") == faults.pop("emptied") == ""
+    assert all(faults.values())
+    assert (losses["again"], losses["with another"]) == (1, 1)
+    assert not seen["emptied"] and seen["after"] == []
+    assert any("other/dirty" in line for line in seen["others"])

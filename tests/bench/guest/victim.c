@@ -57,8 +57,9 @@ static void count_read(off_t pos)
 	} else if (page[0] == 'B') {
 		counters->fresh[phase]++;
 	} else {
-		counters->stale++;
+		/* In this order: it may be killed between the two. */
 		counters->last_stale = now();
+		counters->stale++;
 	}
 }
 
