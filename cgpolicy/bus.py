@@ -354,9 +354,7 @@ class BusFace:
         check_flags(flags)
 
         def write(own_name: str) -> None:
-            unit = self._reconciler.units.get(own_name)
-            known = unit.facts.files if unit is not None else ()
-            path = self._files.write_unit(own_name, action, runtime=runtime, known=known)
+            path = self._files.write_unit(own_name, action, runtime=runtime)
             self._reconciler.drop_in_written(own_name, str(path))
             self._reload_systemd(flags)
             reply(invocation, None)
@@ -374,7 +372,8 @@ class BusFace:
         def remove(own_name: str) -> None:
             path = self._files.remove_unit(own_name, runtime=runtime)
             if path is not None:
-                self._reconciler.drop_in_removed(own_name, str(path))
+                uncovered = self._files.counts_now(own_name)
+                self._reconciler.drop_in_removed(own_name, str(path), str(uncovered) if uncovered else None)
             self._reload_systemd(flags)
             reply(invocation, None)
 

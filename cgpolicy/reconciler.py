@@ -14,11 +14,12 @@ from pathlib import Path
 
 from cgpolicy.action import Action
 from cgpolicy.cgroupfs import CgroupTree, Effective, Events, unit_of_directory
+from cgpolicy.dropin import with_drop_in
 from cgpolicy.error import NotSupported, UserError
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.resolve import UNDECIDED, Decision, SourceKind, resolve
 from cgpolicy.setting import UNSET, Setting, read_setting
-from cgpolicy.systemd import UnitFacts, read_files, with_drop_in
+from cgpolicy.systemd import UnitFacts, read_files
 from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import machine_name, parent_slices, unit_type
 
@@ -226,13 +227,17 @@ class Reconciler:
         """Let a drop-in count that an earlier process wrote and of which PID 1 does not know yet."""
         self._ahead[name] = path
 
-    def drop_in_removed(self, name: str, path: str) -> None:
-        """Let a drop-in no longer count that was just removed."""
+    def drop_in_removed(self, name: str, path: str, uncovered: str | None = None) -> None:
+        """Let a drop-in no longer count that was just removed, but the one that it had hidden, if any."""
         if self._ahead.get(name) == path:
             del self._ahead[name]
         if name in self.units:
             facts = self.units[name].facts
-            self.units[name].facts = replace(facts, files=tuple(file for file in facts.files if file != path))
+            files = tuple(file for file in facts.files if file != path)
+            if uncovered is not None:
+                self._ahead[name] = uncovered
+                files = with_drop_in(files, uncovered)
+            self.units[name].facts = replace(facts, files=files)
             self.reread(name)
 
     def sweep(self) -> None:

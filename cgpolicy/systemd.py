@@ -98,23 +98,6 @@ def read_files(paths: Iterable[str]) -> Setting:
     return replace(setting, problems=(*setting.problems, *too_large)) if too_large else setting
 
 
-def with_drop_in(files: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """Return a unit's files with one drop-in more, in the place where systemd will put it.
-
-    Drop-ins are sorted bytewise by their base names, and of one base name only one counts (systemd.unit(5)).
-    """
-
-    def base(file: str) -> str:
-        return file.rpartition("/")[2]
-
-    def is_drop_in(file: str) -> bool:
-        return file.rpartition("/")[0].endswith(".d")
-
-    fragment = [file for file in files if not is_drop_in(file)]
-    drop_ins = [file for file in files if is_drop_in(file) and base(file) != base(path)]
-    return (*fragment, *sorted([*drop_ins, path], key=lambda file: base(file).encode()))
-
-
 class SystemdManager:
     """A connection to PID 1 by the system bus, for programs that ask and end."""
 
