@@ -29,7 +29,15 @@ from cgpolicy.reconciler import Reconciler, State, Unit
 from cgpolicy.setting import read_setting
 from cgpolicy.systemd import UnitFacts
 from cgpolicy.systemd_watch import SystemdWatch
-from cgpolicy.unitname import POLICY_TYPES, bus_label_escape, check, machine_name, parent_slices, unit_type
+from cgpolicy.unitname import (
+    POLICY_TYPES,
+    bus_label_escape,
+    check,
+    is_domain,
+    machine_name,
+    parent_slices,
+    unit_type,
+)
 
 UNIT_PATH = f"{MANAGER_PATH}/unit/"
 PROPERTIES = "org.freedesktop.DBus.Properties"
@@ -425,9 +433,14 @@ class BusFace:
         found = {read_setting([rule]).action or "" if rule else "", self._configured(MACHINE_SLICE)}
         found |= {
             unit.configured for unit in self._reconciler.units.values()
-            if key in (machine_name(unit.name), self._reconciler.machine_uuid(unit.name))
+            if self._runs(unit.name, key)
         }
         return Action.PANIC if Action.PANIC in found else ""
+
+    def _runs(self, unit: str, machine: str) -> bool:
+        """Tell whether a rule for a machine of this name or UUID is about a unit."""
+        name = machine_name(unit, self._reconciler.machine_registered(unit))
+        return machine in (name, self._reconciler.machine_uuid(unit)) or is_domain(machine, unit)
 
     def _get_unit(self, invocation: Any, name: str) -> None:
         def answer(unit: Unit) -> None:

@@ -21,7 +21,7 @@ from cgpolicy.resolve import UNDECIDED, Decision, SourceKind, resolve
 from cgpolicy.setting import UNSET, Setting, read_setting
 from cgpolicy.systemd import UnitFacts, read_files
 from cgpolicy.unitfile import Problem
-from cgpolicy.unitname import machine_name, parent_slices, unit_type
+from cgpolicy.unitname import parent_slices, unit_type
 
 # Units kept in mind though PID 1 has unloaded them: it does so with every unit that is stopped and that nothing
 # loaded refers to. At the next start a policy that is known already is applied at once.
@@ -111,6 +111,7 @@ class Reconciler:
     files: PolicyFiles
     reports: Reports = field(default_factory=Reports)
     machine_uuid: Callable[[str], str | None] = lambda unit: None
+    machine_registered: Callable[[str], str | None] = lambda unit: None  # under what name, with machined
     units: dict[str, Unit] = field(default_factory=dict)
     supported: bool = True
     _created: dict[str, str] = field(default_factory=dict)
@@ -310,13 +311,19 @@ class Reconciler:
             return facts
         return replace(facts, files=with_drop_in(facts.files, path))
 
-    def _rule(self, key: str | None) -> Setting | None:
-        rule = self.files.machine_rule(key) if key else None
-        return read_setting([rule]) if rule else None
+    def _rules(self, name: str) -> tuple[Setting | None, Setting | None]:
+        """Return what the rules of the machine that a unit runs say, by UUID and by name."""
+        number = self.machine_uuid(name)
+        rules = (
+            self.files.machine_rule(number) if number else None,
+            self.files.machine_rule_of(name, self.machine_registered(name)),
+        )
+        by_uuid, by_name = (read_setting([rule]) if rule else None for rule in rules)
+        return by_uuid, by_name
 
     def _settle(self, unit: Unit) -> None:
         """Decide, apply, look, and report if anything that a client can see is different."""
-        by_uuid, by_name = self._rule(self.machine_uuid(unit.name)), self._rule(machine_name(unit.name))
+        by_uuid, by_name = self._rules(unit.name)
         unit.decision = resolve(
             unit.name,
             unit.own,
