@@ -136,6 +136,8 @@ class BusFace:
         self._last: dict[str, dict[str, Any]] = {}
         self._manager_last: dict[str, Any] = {}
         self._waiting: Counter[str] = Counter()
+        self._counted: dict[str, tuple[str, ...]] = {}  # as what each unit is counted
+        self._counts: Counter[str] = Counter()
         self._register(MANAGER_PATH, MANAGER, self._manager_call, self._manager_property)
         for unit in reconciler.units.values():
             self._publish(unit)
@@ -155,6 +157,15 @@ class BusFace:
                 path, UNIT, partial(self._unit_call, unit.name), partial(self._unit_property, unit.name)
             )
         self._last[unit.name] = self._unit_changing(unit)
+        self._count(unit.name, unit)
+
+    def _count(self, name: str, unit: Unit | None) -> None:
+        """Count a unit as what it is now. To count all of them at each change takes too long with thousands."""
+        self._counts.subtract(self._counted.pop(name, ()))
+        if unit is not None:
+            kinds = {"configured": bool(unit.configured), "failed": unit.state in FAILURES}
+            self._counted[name] = tuple(kind for kind, so in kinds.items() if so)
+            self._counts.update(self._counted[name])
 
     def unit_changed(self, unit: Unit) -> None:
         """Publish a unit, or tell what of it changed."""
@@ -176,6 +187,7 @@ class BusFace:
         if number is not None:
             self._connection.unregister_object(number)
         self._last.pop(name, None)
+        self._count(name, None)
         self._manager_changed()
 
     def data_lost(
@@ -194,13 +206,12 @@ class BusFace:
 
     def _manager_changing(self) -> dict[str, Any]:
         enforcement = self._enforcement()
-        units = self._reconciler.units.values()
         return {
             "Backend": GLib.Variant("s", enforcement.backend),
             "Enforcement": GLib.Variant("s", enforcement.strength),
             "EnforcementDetail": GLib.Variant("s", enforcement.detail),
-            "NUnits": GLib.Variant("u", sum(1 for unit in units if unit.configured)),
-            "NFailed": GLib.Variant("u", sum(1 for unit in units if unit.state in FAILURES)),
+            "NUnits": GLib.Variant("u", self._counts["configured"]),
+            "NFailed": GLib.Variant("u", self._counts["failed"]),
         }
 
     def _manager_changed(self) -> None:
