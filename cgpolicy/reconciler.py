@@ -149,16 +149,19 @@ class Reconciler:
         self._kept[name] = None
         self._kept.move_to_end(name)
         if len(self._kept) > KEPT_MAX:
-            self.remove(next(iter(self._kept)))
+            # Those first that are kept only because some client, whoever it is, has asked for them.
+            asked = (other for other in self._kept if not self._is_waited_for(self.units[other]))
+            self.remove(next(asked, next(iter(self._kept))))
         if not self.tree.exists(unit.facts.cgroup):
             unit.facts = replace(unit.facts, cgroup="")
         self._settle(unit)
 
     def _may_return(self, unit: Unit) -> bool:
-        fragment = Path(unit.facts.fragment)
+        return (unit.asked or self._is_waited_for(unit)) and Path(unit.facts.fragment).is_file()
+
+    def _is_waited_for(self, unit: Unit) -> bool:
         # Instances of a template, one for each connection for example, are not all waited for.
-        wanted = unit.asked or (unit.configured and fragment.name == unit.name)
-        return bool(wanted) and fragment.is_file()
+        return bool(unit.configured) and Path(unit.facts.fragment).name == unit.name
 
     def with_kept(self, loaded: list[str]) -> list[str]:
         """Return the units that PID 1 has loaded, and those with a policy that are kept though it has not."""
