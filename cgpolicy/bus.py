@@ -36,6 +36,7 @@ from cgpolicy.unitname import (
     bus_label_escape,
     bus_label_unescape,
     check,
+    is_domain,
     machine_name,
     parent_slices,
     unit_type,
@@ -162,7 +163,9 @@ class BusFace:
         self._enforcement = enforcement
         self._manager_last: dict[str, Any] = {}
         self._waiting: Counter[str] = Counter()
-        self._counting = False
+        self._counted: dict[str, tuple[str, ...]] = {}  # as what each unit is counted
+        self._counts: Counter[str] = Counter()
+        self._telling = False
         self._connection.register_object(
             MANAGER_PATH, INTERFACES.lookup_interface(MANAGER), self._manager_call, self._manager_property, None
         )
@@ -174,13 +177,24 @@ class BusFace:
         )
         for unit in reconciler.units.values():
             unit.published = unit.told
+            self._count(unit.name, unit)
         self._manager_last = self._manager_changing()
 
     # What others see --------------------------------------------------------------------------
 
+    def _count(self, name: str, unit: Unit | None) -> None:
+        """Count a unit as what it is now. To count all of them at each change takes too long with thousands."""
+        self._counts.subtract(self._counted.pop(name, ()))
+        if unit is not None:
+            kinds = {"configured": bool(unit.configured), "failed": unit.state in FAILURES}
+            if any(kinds.values()):
+                self._counted[name] = tuple(kind for kind, so in kinds.items() if so)
+                self._counts.update(self._counted[name])
+
     def unit_changed(self, unit: Unit) -> None:
         """Tell what changed of a unit, if it is not new."""
         known, unit.published = unit.published, unit.told
+        self._count(unit.name, unit)
         changed = self._unit_changing(unit, known) if known is not None else {}
         if changed:
             self._emit(unit_path(unit.name), PROPERTIES, "PropertiesChanged",
@@ -192,6 +206,7 @@ class BusFace:
 
     def unit_removed(self, name: str) -> None:
         """Note that a unit's object is gone."""
+        self._count(name, None)
         self._manager_changed()
 
     def data_lost(
@@ -210,23 +225,22 @@ class BusFace:
 
     def _manager_changing(self) -> dict[str, Any]:
         enforcement = self._enforcement()
-        units = self._reconciler.units.values()
         return {
             "Backend": GLib.Variant("s", enforcement.backend),
             "Enforcement": GLib.Variant("s", enforcement.strength),
             "EnforcementDetail": GLib.Variant("s", enforcement.detail),
-            "NUnits": GLib.Variant("u", sum(1 for unit in units if unit.configured)),
-            "NFailed": GLib.Variant("u", sum(1 for unit in units if unit.state in FAILURES)),
+            "NUnits": GLib.Variant("u", self._counts["configured"]),
+            "NFailed": GLib.Variant("u", self._counts["failed"]),
         }
 
     def _manager_changed(self) -> None:
-        """Look at the counters soon, once for all units that change together: it takes a walk over all."""
-        if not self._counting:
-            self._counting = True
-            buscall.after(0, self._count)
+        """Tell soon what changed, once for all units that change together."""
+        if not self._telling:
+            self._telling = True
+            buscall.after(0, self._tell_manager)
 
-    def _count(self) -> bool:
-        self._counting = False
+    def _tell_manager(self) -> bool:
+        self._telling = False
         now = self._manager_changing()
         changed = {name: value for name, value in now.items() if value != self._manager_last.get(name)}
         self._manager_last = now
@@ -385,9 +399,7 @@ class BusFace:
         check_flags(flags)
 
         def write(own_name: str) -> None:
-            unit = self._reconciler.units.get(own_name)
-            known = unit.facts.files if unit is not None else ()
-            path = self._files.write_unit(own_name, action, runtime=runtime, known=known)
+            path = self._files.write_unit(own_name, action, runtime=runtime)
             self._reconciler.drop_in_written(own_name, str(path))
             self._reload_systemd(flags)
             reply(invocation, None)
@@ -405,7 +417,8 @@ class BusFace:
         def remove(own_name: str) -> None:
             path = self._files.remove_unit(own_name, runtime=runtime)
             if path is not None:
-                self._reconciler.drop_in_removed(own_name, str(path))
+                uncovered = self._files.counts_now(own_name)
+                self._reconciler.drop_in_removed(own_name, str(path), str(uncovered) if uncovered else None)
             self._reload_systemd(flags)
             reply(invocation, None)
 
@@ -457,9 +470,14 @@ class BusFace:
         found = {read_setting([rule]).action or "" if rule else "", self._configured(MACHINE_SLICE)}
         found |= {
             unit.configured for unit in self._reconciler.units.values()
-            if key in (machine_name(unit.name), self._reconciler.machine_uuid(unit.name))
+            if self._runs(unit.name, key)
         }
         return Action.PANIC if Action.PANIC in found else ""
+
+    def _runs(self, unit: str, machine: str) -> bool:
+        """Tell whether a rule for a machine of this name or UUID is about a unit."""
+        name = machine_name(unit, self._reconciler.machine_registered(unit))
+        return machine in (name, self._reconciler.machine_uuid(unit)) or is_domain(machine, unit)
 
     def _get_unit(self, invocation: Any, name: str) -> None:
         def answer(unit: Unit) -> None:

@@ -9,14 +9,15 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from cgpolicy.action import Action
+from cgpolicy.dropin import directories
 from cgpolicy.error import InvalidMachineName, WriteFailed, quoted
 from cgpolicy.setting import KEY, SECTION
 from cgpolicy.unitfile import parse
-from cgpolicy.unitname import check, is_valid
+from cgpolicy.unitname import check, is_domain, is_valid, machine_name
 
 DROP_IN = "50-cgpolicy.conf"
 PERSISTENT = Path("etc/systemd/system")
@@ -64,22 +65,19 @@ class PolicyFiles:
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
 
-    def write_unit(self, unit: str, action: Action, *, runtime: bool, known: Iterable[str] = ()) -> Path:
-        """Write a unit's drop-in and return its path; known are the files that systemd uses for the unit so far.
+    def write_unit(self, unit: str, action: Action, *, runtime: bool) -> Path:
+        """Write a unit's drop-in and return its path.
 
-        Raises WriteFailed also if a file of that name exists that says more than this one would, and if a
-        runtime drop-in would not count because a persistent one has the same name (systemd.unit(5)).
+        Raises WriteFailed also if a file of that name exists that says more than this one would, and if it would
+        not count because there is one of the same name with precedence (systemd.unit(5)).
         """
-        base = RUNTIME if runtime else PERSISTENT
-        own = self.root / PERSISTENT / f"{check(unit)}.d" / DROP_IN
-        for masking in (own, *map(Path, known)) if runtime else ():
-            # Of another directory, such as service.d, too: what is in /etc hides what is in /run.
-            if masking.name == DROP_IN and masking.is_relative_to(self.root / PERSISTENT) and masking.exists():
-                raise WriteFailed(
-                    f"{masking} takes precedence over a runtime drop-in",
-                    hint="set it without runtime, or unset it first",
-                )
-        path = self.root / base / f"{unit}.d" / DROP_IN
+        path = self.root / (RUNTIME if runtime else PERSISTENT) / f"{check(unit)}.d" / DROP_IN
+        hiding = self.counts_now(unit, before=path.parent)
+        if hiding is not None:
+            raise WriteFailed(
+                f"{hiding} takes precedence over {path}",
+                hint="set it without runtime, or unset it first" if runtime else "remove or rename that file",
+            )
         self._refuse_foreign(path)
         self._write(path, action)
         return path
@@ -93,6 +91,20 @@ class PolicyFiles:
         with contextlib.suppress(OSError):
             path.parent.rmdir()
         return path
+
+    def counts_now(self, unit: str, *, before: Path | None = None) -> Path | None:
+        """Return the drop-in of our file's name that counts for a unit as the files are, whoever wrote it.
+
+        before: look only in the directories that have precedence over this one.
+        """
+        for directory in directories(unit):
+            if self.root / directory == before:
+                break
+            # Not with Path, which takes longer than the kernel: there are a hundred directories and more.
+            path = f"{self.root}/{directory}/{DROP_IN}"
+            if os.path.lexists(path):
+                return Path(path)
+        return None
 
     def written_units(self) -> Iterator[tuple[str, str]]:
         """Yield unit and path of the drop-ins that write_unit() has made, of one unit the one that counts."""
@@ -131,6 +143,19 @@ class PolicyFiles:
         path = self.root / MACHINES / self.check_machine(machine)
         self._refuse_foreign(path)
         return path if self._remove(path) else None
+
+    def machine_rule_of(self, unit: str, registered: str | None = None) -> tuple[str, bytes] | None:
+        """Return path and content of the rule by name for the machine that a unit runs, None if there is none."""
+        name = machine_name(unit, registered)
+        if name is None:
+            return None
+        rule = self.machine_rule(name)
+        if rule is not None:
+            return rule
+        for path in sorted((self.root / MACHINES).glob("*.conf")):
+            if is_domain(path.stem, unit):
+                return self.machine_rule(path.stem)
+        return None
 
     def machine_rule(self, machine: str) -> tuple[str, bytes] | None:
         """Return path and content of the rule for a machine's name or UUID, None if there is none."""

@@ -7,11 +7,14 @@ For one look at a time, with or without the daemon; the daemon's own running pic
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from cgpolicy.dropin import directories
 from cgpolicy.error import NotSupported, UserError
 from cgpolicy.libsystemd import part
 from cgpolicy.policyfile import read_regular
@@ -110,21 +113,23 @@ def read_files(paths: Iterable[str]) -> Setting:
     return replace(setting, problems=(*setting.problems, *too_large)) if too_large else setting
 
 
-def with_drop_in(files: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """Return a unit's files with one drop-in more, in the place where systemd will put it.
+def find_drop_ins(unit: str, root: Path = Path("/")) -> tuple[str, ...]:
+    """Return a unit's drop-ins in the order in which systemd will read them; a masked one is among them.
 
-    Drop-ins are sorted bytewise by their base names, and of one base name only one counts (systemd.unit(5)).
+    Of a unit that PID 1 knows, its DropInPaths count. But a scope's processes are in its cgroup a tenth of a
+    millisecond after that has appeared, and PID 1 answers nothing until the scope has been started.
     """
-
-    def base(file: str) -> str:
-        return file.rpartition("/")[2]
-
-    def is_drop_in(file: str) -> bool:
-        return file.rpartition("/")[0].endswith(".d")
-
-    fragment = [file for file in files if not is_drop_in(file)]
-    drop_ins = [file for file in files if is_drop_in(file) and base(file) != base(path)]
-    return (*fragment, *sorted([*drop_ins, path], key=lambda file: base(file).encode()))
+    found: dict[str, str] = {}
+    for directory in directories(unit):
+        path = str(root / directory)
+        try:
+            entries = os.listdir(path)
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.endswith(".conf"):
+                found.setdefault(entry, f"{path}/{entry}")
+    return tuple(found[entry] for entry in sorted(found, key=os.fsencode))
 
 
 class SystemdManager:

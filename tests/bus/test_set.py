@@ -175,6 +175,25 @@ def test_runtime_beside_persistent_is_refused(world: World) -> None:
     assert world.policy_files() == before
 
 
+@pytest.mark.parametrize("flags", [0, 1])
+def test_unset_uncovers_what_was_hidden(world: World, flags: int) -> None:
+    """At once, and not only when systemd has reloaded: in between the unit would be unprotected."""
+    world.write_drop_in("web.service", "50-cgpolicy.conf", drop_in("kill"), "run")
+    world.service("web.service")
+    world.start()
+    world.root_client.call("SetUnitPolicy", "(ssbt)", "web.service", "panic", False, flags)
+    listener = world.nobody()
+    world.systemd.holding = True
+    world.root_client.call("UnsetUnitPolicy", "(sbt)", "web.service", False, flags)
+    assert world.tree.said(WEB) == "kill"
+    world.systemd.go_on()
+    world.root_client.call("Reload")
+    assert world.tree.said(WEB) == "kill"
+    assert world.unit("web.service")["SourcePath"] == str(world.root / RUNTIME)
+    listener.get("Version")
+    assert [signal.values[1] for signal in listener.signals if signal.name == "UnitPolicyChanged"] == ["kill"]
+
+
 def test_drop_in_that_cannot_be_written(world: World) -> None:
     world.service("web.service")
     (world.root / "elsewhere").mkdir()
@@ -193,6 +212,8 @@ def test_drop_in_that_cannot_be_written(world: World) -> None:
 @pytest.mark.parametrize(("machine", "scope"), [
     ("web01", r"machine-qemu\x2d7\x2dweb01.scope"),
     ("db", "machine-db.scope"),
+    ("web_01", r"machine-qemu\x2d7\x2dweb01.scope"),  # libvirt's name for it lacks what no host name has
+    ("db", "systemd-nspawn@db.service"),
 ])
 def test_machine_rule(world: World, machine: str, scope: str) -> None:
     cgroup = f"/machine.slice/{scope}"
