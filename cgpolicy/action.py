@@ -6,7 +6,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 
-from cgpolicy.error import InvalidAction
+from cgpolicy.error import InvalidAction, quoted
 
 
 class Action(enum.StrEnum):
@@ -27,7 +27,7 @@ class Action(enum.StrEnum):
         try:
             return cls(text)
         except ValueError:
-            raise InvalidAction(f"{text!r} is no action", hint="expected panic, kill or continue") from None
+            raise InvalidAction(f"{quoted(text)} is no action", hint="expected panic, kill or continue") from None
 
 
 def strictest(actions: Iterable[Action]) -> Action:

@@ -9,14 +9,16 @@ pydbus's connection with Gio, where an answer can come later and an object can g
 from __future__ import annotations
 
 import ctypes
-import fnmatch
+import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gi.repository import Gio, GLib
 
-from cgpolicy import __version__
+from cgpolicy import __version__, buscall
 from cgpolicy.action import Action
 from cgpolicy.client import MANAGER, MANAGER_PATH, NAME, NO_RELOAD, UNIT
 from cgpolicy.enforcement import Enforcement
@@ -44,7 +46,18 @@ MACHINE_SLICE = "machine.slice"  # where machines are unless somebody says other
 STANDARD_ERROR = "org.freedesktop.DBus.Error."
 
 FAILURES = (State.FAILED, State.NO_CONTROLLER)
-MATCHES_MAX = 1024  # patterns of one ListUnits call
+
+# Of one ListUnits call. systemd's own names have 255 characters; a set in a pattern takes more than one for one.
+PATTERNS_MAX = 1024
+PATTERNS_LENGTH_MAX = 65536
+
+# How long one call may keep the others waiting: 1024 patterns for 10,000 units take seconds.
+SLICE_SECONDS = 0.005
+FNM_NOESCAPE = 2  # as systemctl's own patterns; glibc's fnmatch.h
+
+# Calls that wait for systemd, or for their turn, at once. A caller need not wait for answers to send more.
+WAITING_MAX = 256
+WAITING_MAX_BY_SENDER = 64
 
 INTERFACES = Gio.DBusNodeInfo.new_for_xml(Path(__file__).with_name(f"{NAME}.xml").read_text())
 
@@ -68,6 +81,25 @@ def free_after_reply(invocation: Any) -> None:
 
 
 _gobject = ctypes.CDLL("libgobject-2.0.so.0")
+_libc = ctypes.CDLL(None)
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def keep_memory_low() -> None:
+    """Have memory for long messages, which any client may send, given back to the kernel at once.
+
+    Left alone, malloc (mallopt(3)) takes the first ones for a sign that more will come, and keeps room for them.
+    """
+    _libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+
+
+def matches(name: str, patterns: list[bytes]) -> bool:
+    """Tell whether one of some shell patterns matches a unit's name (fnmatch(3)).
+
+    Not Python's fnmatch: it compiles every pattern and keeps up to 32,768 of them, for whoever sends them.
+    """
+    return any(_libc.fnmatch(pattern, name.encode(), FNM_NOESCAPE) == 0 for pattern in patterns)
 
 
 def reply(invocation: Any, value: Any) -> None:
@@ -120,6 +152,7 @@ class BusFace:
         self, bus: Any, reconciler: Reconciler, watch: SystemdWatch, authority: Authority, files: PolicyFiles,
         refresh: Callable[[Callable[[], None]], None], enforcement: Callable[[], Enforcement],
     ) -> None:
+        keep_memory_low()
         self._connection = bus.con
         self._reconciler = reconciler
         self._watch = watch
@@ -129,6 +162,7 @@ class BusFace:
         self._enforcement = enforcement
         self._manager_last: dict[str, Any] = {}
         self._counting = False
+        self._waiting: Counter[str] = Counter()
         self._connection.register_object(
             MANAGER_PATH, INTERFACES.lookup_interface(MANAGER), self._manager_call, self._manager_property, None
         )
@@ -296,52 +330,88 @@ class BusFace:
         details = {"unit": unit, "action": action, "verb": verb}
         self._authority.check(invocation.get_sender(), action_id, details, interactive, answered)
 
+    def _wait(self, invocation: Any) -> Callable[[], None]:
+        """Count a call among those that wait; return what ends that. Raises Refused for one too many."""
+        sender = invocation.get_sender()
+        if self._waiting[sender] >= WAITING_MAX_BY_SENDER or self._waiting.total() >= WAITING_MAX:
+            raise Refused("LimitsExceeded", "too many calls wait for an answer; take those first")
+        self._waiting[sender] += 1
+
+        def done() -> None:
+            self._waiting[sender] -= 1
+            if not self._waiting[sender]:
+                del self._waiting[sender]
+
+        return done
+
     def _with_unit(self, invocation: Any, name: str, then: Callable[[Unit], None]) -> None:
-        """Go on with a unit that exists and can have a policy, loading it if need be."""
+        """Go on with a unit that exists and can have a policy, loading it if need be; by an alias, too."""
         if unit_type(check(name)) not in POLICY_TYPES:
             raise NotSupported(f"{name}: a {unit_type(name)} unit has no control group")
-        if name in self._reconciler.units:
-            then(self._reconciler.units[name])
+        units = self._reconciler.units
+        if name in units:
+            then(units[name])
             return
+        done = self._wait(invocation)
+
+        def missing() -> None:
+            done()
+            error = NoSuchUnit(f"{name}: systemd has no such unit", hint="see systemctl list-unit-files")
+            reply_error(invocation, error)
+
+        def found(own_name: str | None) -> None:
+            if own_name is None:
+                missing()
+            elif own_name in units:
+                done()
+                self._guarded(invocation, then, units[own_name])
+            else:
+                self._watch.read(own_name, loaded)
 
         def loaded(facts: UnitFacts | None) -> None:
             if facts is None or not facts.exists:
-                error = NoSuchUnit(f"{name}: systemd has no such unit", hint="see systemctl list-unit-files")
-                reply_error(invocation, error)
+                missing()
                 return
+            done()
             self._reconciler.load(facts)
-            self._reconciler.units[name].asked = True
-            self._guarded(invocation, then, self._reconciler.units[name])
+            units[facts.name].asked = True
+            self._guarded(invocation, then, units[facts.name])
 
-        self._watch.read(name, loaded)
+        self._watch.find(name, found)
 
     def _set_unit(self, invocation: Any, name: str, word: str, runtime: bool, flags: int) -> None:
         action = Action.parse(word)
         check_flags(flags)
 
-        def write() -> None:
-            unit = self._reconciler.units.get(name)
-            known = unit.facts.files if unit is not None else ()
-            path = self._files.write_unit(name, action, runtime=runtime, known=known)
-            self._reconciler.drop_in_written(name, str(path))
+        def write(own_name: str) -> None:
+            path = self._files.write_unit(own_name, action, runtime=runtime)
+            self._reconciler.drop_in_written(own_name, str(path))
             self._reload_systemd(flags)
             reply(invocation, None)
 
-        self._with_unit(invocation, name, lambda unit: self._authorized(
-            invocation, "set", name, action, write, now=lambda: self._configured(name)))
+        def ask(unit: Unit) -> None:
+            # Not by an alias, which polkit's rules need not know.
+            self._authorized(invocation, "set", unit.name, action, partial(write, unit.name),
+                             now=partial(self._configured, unit.name))
+
+        self._with_unit(invocation, name, ask)
 
     def _unset_unit(self, invocation: Any, name: str, runtime: bool, flags: int) -> None:
         check_flags(flags)
 
-        def remove() -> None:
-            path = self._files.remove_unit(name, runtime=runtime)
+        def remove(own_name: str) -> None:
+            path = self._files.remove_unit(own_name, runtime=runtime)
             if path is not None:
-                self._reconciler.drop_in_removed(name, str(path))
+                uncovered = self._files.counts_now(own_name)
+                self._reconciler.drop_in_removed(own_name, str(path), str(uncovered) if uncovered else None)
             self._reload_systemd(flags)
             reply(invocation, None)
 
-        self._with_unit(invocation, name, lambda unit: self._authorized(
-            invocation, "unset", name, "", remove, now=lambda: self._configured(name)))
+        def ask(unit: Unit) -> None:
+            self._authorized(invocation, "unset", unit.name, "", partial(remove, unit.name),
+                             now=partial(self._configured, unit.name))
+
+        self._with_unit(invocation, name, ask)
 
     def _configured(self, name: str) -> str:
         """Return the action that setting a unit's own would replace; a slice passes on that of those around it."""
@@ -396,16 +466,35 @@ class BusFace:
         self._with_unit(invocation, name, answer)
 
     def _list_units(self, invocation: Any, patterns: list[str]) -> None:
-        if len(patterns) > MATCHES_MAX:
-            raise Refused("LimitsExceeded", f"at most {MATCHES_MAX} patterns in one call")
+        if len(patterns) > PATTERNS_MAX or sum(map(len, patterns)) > PATTERNS_LENGTH_MAX:
+            limits = f"at most {PATTERNS_MAX} patterns of {PATTERNS_LENGTH_MAX} characters together"
+            raise Refused("LimitsExceeded", f"{limits} in one call")
+        encoded = [pattern.encode() for pattern in patterns]
+        units = self._reconciler.units
+        names = iter(sorted(units))
         rows = []
-        for name, unit in sorted(self._reconciler.units.items()):
-            if patterns and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-                continue
-            kind, _, _ = unit.source
-            effective = str(unit.effective.action)
-            rows.append((name, unit.configured, str(kind), effective, str(unit.state), unit_path(name)))
-        reply(invocation, GLib.Variant("(a(ssssso))", (rows,)))
+
+        def go_on() -> bool:
+            """Look at some more units; return whether there are others."""
+            until = time.monotonic() + SLICE_SECONDS
+            for name in names:
+                if name in units and (not patterns or matches(name, encoded)):
+                    rows.append(row(units[name]))
+                if time.monotonic() > until:
+                    return True
+            reply(invocation, GLib.Variant("(a(ssssso))", (rows,)))
+            return False
+
+        if go_on():
+            done = self._wait(invocation)
+
+            def again() -> bool:
+                more = go_on()
+                if not more:
+                    done()
+                return more
+
+            buscall.after(0, again)
 
     def _explain(self, invocation: Any, name: str) -> None:
         def answer(unit: Unit) -> None:
@@ -421,6 +510,13 @@ class BusFace:
 
     def _reload(self, invocation: Any) -> None:
         self._authorized(invocation, "reload", "", "", lambda: self._refresh(lambda: reply(invocation, None)))
+
+
+def row(unit: Unit) -> tuple[str, str, str, str, str, str]:
+    """Return a unit's row of ListUnits."""
+    kind, _, _ = unit.source
+    effective = str(unit.effective.action)
+    return unit.name, unit.configured, str(kind), effective, str(unit.state), unit_path(unit.name)
 
 
 def check_flags(flags: int) -> None:

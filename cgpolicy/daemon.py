@@ -200,9 +200,25 @@ class Daemon:
                 loaded = dict.fromkeys(self.reconciler.units, "")
             else:
                 loaded |= dict.fromkeys(self.reconciler.kept(loaded), "")
-            self.watch.read_all(loaded, partial(self._refreshed, waiting, list(loaded)))
+            done = partial(self._refreshed, waiting, list(loaded))
+            self.watch.read_all(loaded, done if self.face is not None else partial(self._complete, done))
 
         self.watch.list_units(listed)
+
+    def _complete(self, done: Callable[[list[UnitFacts]], None], units: list[UnitFacts]) -> None:
+        """Go on when it is known which drop-ins this daemon's predecessor wrote without PID 1 having read them.
+
+        It was killed before it could ask for a reload, or told not to.
+        """
+        files = {facts.name: facts.files for facts in units}
+        written = {unit: path for unit, path in self.files.written_units() if path not in files.get(unit, (path,))}
+
+        def told(outdated: set[str]) -> None:
+            for unit in outdated:
+                self.reconciler.expect_drop_in(unit, written[unit])
+            done(units)
+
+        self.watch.outdated(list(written), told)
 
     def _refreshed(self, waiting: list[Callable[[], None]], names: list[str], units: list[UnitFacts]) -> None:
         cgroups = self.tree.units()
@@ -214,16 +230,19 @@ class Daemon:
             replace(facts, cgroup=cgroups[facts.name]) if facts.name in cgroups and facts.name in found else facts
             for facts in units
         )
-        self.reconciler.replace_all(facts for facts in running if facts.exists)
-        self._refreshing = False
-        give_back_memory()  # before there is more to keep, which would lie above it
-        if self.face is not None:
-            self.face.manager_changed()
-        for done in waiting:
-            done()
-        give_back_memory()
-        if self._refresh_asked:
-            self._begin_refresh()
+        try:
+            self.reconciler.replace_all(facts for facts in running if facts.exists)
+        finally:
+            # Whatever went wrong, the next round begins anew, and whoever waits for this one is answered.
+            self._refreshing = False
+            give_back_memory()  # before there is more to keep, which would lie above it
+            if self.face is not None:
+                self.face.manager_changed()
+            for done in waiting:
+                done()
+            give_back_memory()
+            if self._refresh_asked:
+                self._begin_refresh()
 
     @lasting
     def hangup(self) -> None:

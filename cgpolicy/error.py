@@ -2,6 +2,17 @@
 """The one exception type for what a user can put right."""
 
 
+QUOTED_MAX = 256  # characters, of which each may become ten
+
+
+def quoted(text: str) -> str:
+    """Return somebody's text in quotes for a message, cut if it is long.
+
+    What a client of the bus sends may be 128 MiB, and an answer longer than that ends the connection.
+    """
+    return repr(text) if len(text) <= QUOTED_MAX else f"{text[:QUOTED_MAX]!r}..."
+
+
 class UserError(Exception):
     """A failure that names what is wrong and, as hint, the next step.
 

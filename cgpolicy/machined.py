@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gi.repository import Gio, GLib
+from gi.repository import GLib
 
+from cgpolicy import buscall
 from cgpolicy.systemd_watch import strip
 
 SERVICE = "org.freedesktop.machine1"
@@ -34,8 +35,8 @@ class MachineWatch:
             signal_fired=partial(strip, self._new),
         )
 
-        def listed(reply: Any) -> None:
-            for name, _, _, path in reply.unpack()[0] if reply is not None else []:
+        def listed(values: tuple[Any, ...] | None, error: str) -> None:
+            for name, _, _, path in values[0] if values is not None else []:
                 self._new(name, path)
 
         self._call(MANAGER_PATH, MANAGER, "ListMachines", None, listed)
@@ -49,24 +50,16 @@ class MachineWatch:
         self._uuids.pop(unit, None)
 
     def _new(self, name: str, path: str) -> None:
-        def got(reply: Any) -> None:
-            values = reply.unpack()[0] if reply is not None else {}
-            number, unit = bytes(values.get("Id", b"")), values.get("Unit", "")
+        def got(values: tuple[Any, ...] | None, error: str) -> None:
+            machine = values[0] if values is not None else {}  # it is gone again
+            number, unit = bytes(machine.get("Id", b"")), machine.get("Unit", "")
             if unit and len(number) == 16 and any(number):
                 self._uuids[unit] = str(uuid.UUID(bytes=number))
                 self._changed(unit)
 
         self._call(path, "org.freedesktop.DBus.Properties", "GetAll", GLib.Variant("(s)", (MACHINE,)), got)
 
-    def _call(self, path: str, interface: str, method: str, arguments: Any, done: Callable[[Any], None]) -> None:
-        def answered(connection: Any, result: Any) -> None:
-            try:
-                reply = connection.call_finish(result)
-            except GLib.Error:
-                reply = None  # machined is not there, or the machine is gone again
-            done(reply)
-
-        self._bus.con.call(
-            SERVICE, path, interface, method, arguments, None, Gio.DBusCallFlags.NO_AUTO_START, TIMEOUT_MS, None,
-            answered,
+    def _call(self, path: str, interface: str, method: str, arguments: Any, done: buscall.Done) -> None:
+        buscall.call(
+            self._bus.con, SERVICE, path, interface, method, arguments, TIMEOUT_MS, done, start_service=False
         )

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from cgpolicy.action import Action
-from cgpolicy.error import InvalidMachineName, WriteFailed
+from cgpolicy.dropin import directories
+from cgpolicy.error import InvalidMachineName, WriteFailed, quoted
 from cgpolicy.setting import KEY, SECTION
 from cgpolicy.unitfile import parse
-from cgpolicy.unitname import check
+from cgpolicy.unitname import check, is_valid
 
 DROP_IN = "50-cgpolicy.conf"
 PERSISTENT = Path("etc/systemd/system")
@@ -27,7 +30,33 @@ TEMPORARY = ".{name}.new"
 # machine_name_is_valid() of systemd (src/basic/hostname-util.c) is a host name; libvirt's names may have more.
 MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@:-]{0,199}")
 
+# Not all that uuid.UUID() takes: it would make white space and underscores part of a number.
+UUID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
 HEADER = "# Written by cgpolicy; \"cgpolicy unset\" removes it. See cgpolicy(5).\n"
+
+
+FILE_MAX = 16 << 20  # bytes; of what systemd's users write, a thousand times as much as there ever was
+
+
+# What can be replaced without a look at what it says, or keeps its place by itself.
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
+
+
+def read_regular(path: str | Path) -> bytes:
+    """Read a file; raise OSError also where it is none, or too large: a link can lead to what has no end.
+
+    A unit directory may hold links into directories of users. A FIFO there would keep the daemon waiting.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        data = file.read(FILE_MAX + 1)
+    if len(data) > FILE_MAX:
+        raise OSError(errno.EFBIG, f"larger than {FILE_MAX >> 20} MiB", str(path))
+    return data
 
 
 class PolicyFiles:
@@ -36,22 +65,19 @@ class PolicyFiles:
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
 
-    def write_unit(self, unit: str, action: Action, *, runtime: bool, known: Iterable[str] = ()) -> Path:
-        """Write a unit's drop-in and return its path; known are the files that systemd uses for the unit so far.
+    def write_unit(self, unit: str, action: Action, *, runtime: bool) -> Path:
+        """Write a unit's drop-in and return its path.
 
-        Raises WriteFailed also if a file of that name exists that says more than this one would, and if a
-        runtime drop-in would not count because a persistent one has the same name (systemd.unit(5)).
+        Raises WriteFailed also if a file of that name exists that says more than this one would, and if it would
+        not count because there is one of the same name with precedence (systemd.unit(5)).
         """
-        base = RUNTIME if runtime else PERSISTENT
-        own = self.root / PERSISTENT / f"{check(unit)}.d" / DROP_IN
-        for masking in (own, *map(Path, known)) if runtime else ():
-            # Of another directory, such as service.d, too: what is in /etc hides what is in /run.
-            if masking.name == DROP_IN and masking.is_relative_to(self.root / PERSISTENT) and masking.exists():
-                raise WriteFailed(
-                    f"{masking} takes precedence over a runtime drop-in",
-                    hint="set it without runtime, or unset it first",
-                )
-        path = self.root / base / f"{unit}.d" / DROP_IN
+        path = self.root / (RUNTIME if runtime else PERSISTENT) / f"{check(unit)}.d" / DROP_IN
+        hiding = self.counts_now(unit, before=path.parent)
+        if hiding is not None:
+            raise WriteFailed(
+                f"{hiding} takes precedence over {path}",
+                hint="set it without runtime, or unset it first" if runtime else "remove or rename that file",
+            )
         self._refuse_foreign(path)
         self._write(path, action)
         return path
@@ -66,14 +92,42 @@ class PolicyFiles:
             path.parent.rmdir()
         return path
 
+    def counts_now(self, unit: str, *, before: Path | None = None) -> Path | None:
+        """Return the drop-in of our file's name that counts for a unit as the files are, whoever wrote it.
+
+        before: look only in the directories that have precedence over this one.
+        """
+        for directory in directories(unit):
+            if self.root / directory == before:
+                break
+            # Not with Path, which takes longer than the kernel: there are a hundred directories and more.
+            path = f"{self.root}/{directory}/{DROP_IN}"
+            if os.path.lexists(path):
+                return Path(path)
+        return None
+
+    def written_units(self) -> Iterator[tuple[str, str]]:
+        """Yield unit and path of the drop-ins that write_unit() has made, of one unit the one that counts."""
+        seen = set()
+        for base in (PERSISTENT, RUNTIME):
+            for path in sorted((self.root / base).glob(f"*.d/{DROP_IN}")):
+                unit = path.parent.name.removesuffix(".d")
+                try:
+                    ours = read_regular(path).startswith(HEADER.encode())
+                except OSError:
+                    continue
+                if is_valid(unit) and ours and unit not in seen:
+                    seen.add(unit)
+                    yield unit, str(path)
+
     def check_machine(self, machine: str) -> str:
         """Return the file name of a machine's rule; raise InvalidMachineName."""
-        with contextlib.suppress(ValueError):
-            if len(machine) in (32, 36):
-                return f"{uuid.UUID(machine)}.conf"
+        if UUID.fullmatch(machine):
+            return f"{uuid.UUID(machine)}.conf"
         if not MACHINE.fullmatch(machine) or ".." in machine:
             raise InvalidMachineName(
-                f"{machine!r} is no machine name", hint="expected a name as machinectl or virsh lists it, or a UUID"
+                f"{quoted(machine)} is no machine name",
+                hint="expected a name as machinectl or virsh lists it, or a UUID",
             )
         return f"{machine}.conf"
 
@@ -94,16 +148,20 @@ class PolicyFiles:
         """Return path and content of the rule for a machine's name or UUID, None if there is none."""
         try:
             path = self.root / MACHINES / self.check_machine(machine)
-            return str(path), path.read_bytes()
+            return str(path), read_regular(path)
         except (InvalidMachineName, OSError):
             return None
 
     def _refuse_foreign(self, path: Path) -> None:
         """Raise WriteFailed if a file holds what its author would miss: sections or keys other than ours."""
         try:
-            content = path.read_bytes()
-        except OSError:
-            return
+            content = read_regular(path)
+        except OSError as error:
+            if error.errno in NO_FILE:
+                return
+            if error.errno != errno.EFBIG:
+                raise WriteFailed(f"{path}: {error.strerror}", hint="nothing was changed") from None
+            content = b"["  # says more, whatever it is
         parsed = parse(content, str(path))
         if parsed.broken or any((a.section, a.key) != (SECTION, KEY) for a in parsed.assignments):
             raise WriteFailed(f"{path} says more than {KEY}=", hint="edit it by hand, or move the rest elsewhere")

@@ -10,6 +10,7 @@ from typing import Any
 
 from gi.repository import Gio, GLib
 
+from cgpolicy import buscall
 from cgpolicy.error import NotAuthorized, UserError
 
 SERVICE = "org.freedesktop.PolicyKit1"
@@ -23,6 +24,7 @@ BUS_TIMEOUT_MS = 5_000
 # Questions that wait at polkit at once: in all below the 128 replies that the bus lets a connection wait for.
 PENDING_MAX = 32
 PENDING_MAX_BY_SENDER = 4
+PENDING_MAX_BY_USER = 16  # a user can have any number of connections, and is not to keep the others out
 
 # polkit that is not installed, cannot be started, or went away
 ABSENT = (
@@ -40,76 +42,67 @@ class Authority:
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._pending: Counter[str] = Counter()
+        self._pending: Counter[str | int] = Counter()  # by sender and by user
         self._cookies = (f"cgpolicy-{number}" for number in itertools.count())
 
     def check(self, sender: str, action_id: str, details: Mapping[str, str], interactive: bool, done: Done) -> None:
         """Ask; at once for root, whom polkit would let through as well."""
 
-        def identified(reply: Any, error: str) -> None:
-            if reply is None:
+        def identified(values: tuple[Any, ...] | None, error: str) -> None:
+            if values is None:
                 done(NotAuthorized("the caller has left the bus"))
-            elif reply.unpack()[0] == 0:
+            elif values[0] == 0:
                 done(None)
             else:
-                self._ask(sender, action_id, details, interactive, done)
+                self._ask(sender, values[0], action_id, details, interactive, done)
 
-        self._call(
-            "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "GetConnectionUnixUser",
-            GLib.Variant("(s)", (sender,)), BUS_TIMEOUT_MS, identified,
+        buscall.call(
+            self._connection, "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus",
+            "GetConnectionUnixUser", GLib.Variant("(s)", (sender,)), BUS_TIMEOUT_MS, identified,
         )
 
-    def _ask(self, sender: str, action_id: str, details: Mapping[str, str], interactive: bool, done: Done) -> None:
-        if self._pending[sender] >= PENDING_MAX_BY_SENDER or self._pending.total() >= PENDING_MAX:
+    def _ask(
+        self, sender: str, user: int, action_id: str, details: Mapping[str, str], interactive: bool, done: Done
+    ) -> None:
+        by_sender, by_user = self._pending[sender], self._pending[user]
+        in_all = self._pending.total() // 2
+        if by_sender >= PENDING_MAX_BY_SENDER or by_user >= PENDING_MAX_BY_USER or in_all >= PENDING_MAX:
             done(NotAuthorized("too many requests wait for authorization", hint="answer those first"))
             return
-        self._pending[sender] += 1
+        self._pending.update((sender, user))
         cookie = next(self._cookies)
         # A prompt for a caller that is gone is taken back.
         watch = Gio.bus_watch_name_on_connection(
             self._connection, sender, Gio.BusNameWatcherFlags.NONE, None, lambda connection, name: self._cancel(cookie)
         )
 
-        def answered(reply: Any, error: str) -> None:
+        def answered(values: tuple[Any, ...] | None, error: str) -> None:
             Gio.bus_unwatch_name(watch)
-            self._pending[sender] -= 1
-            if not self._pending[sender]:
-                del self._pending[sender]
-            done(verdict(reply, error, action_id))
+            self._pending.subtract((sender, user))
+            self._pending = +self._pending  # without those at zero
+            done(verdict(values, error, action_id))
 
         subject = ("system-bus-name", {"name": GLib.Variant("s", sender)})
         flags = ALLOW_USER_INTERACTION if interactive else 0
         arguments = GLib.Variant("((sa{sv})sa{ss}us)", (subject, action_id, dict(details), flags, cookie))
         timeout = PROMPT_TIMEOUT_MS if interactive else BUS_TIMEOUT_MS * 5
-        self._call(SERVICE, PATH, INTERFACE, "CheckAuthorization", arguments, timeout, answered)
+        self._call("CheckAuthorization", arguments, timeout, answered)
 
     def _cancel(self, cookie: str) -> None:
         arguments = GLib.Variant("(s)", (cookie,))
-        self._call(SERVICE, PATH, INTERFACE, "CancelCheckAuthorization", arguments, BUS_TIMEOUT_MS, lambda *_: None)
+        self._call("CancelCheckAuthorization", arguments, BUS_TIMEOUT_MS, lambda values, error: None)
 
-    def _call(
-        self, service: str, path: str, interface: str, method: str, arguments: Any, timeout: int,
-        done: Callable[[Any, str], None],
-    ) -> None:
-        def answered(connection: Any, result: Any) -> None:
-            try:
-                reply, name = connection.call_finish(result), ""
-            except GLib.Error as error:
-                reply, name = None, Gio.DBusError.get_remote_error(error) or error.message
-            done(reply, name)
-
-        self._connection.call(
-            service, path, interface, method, arguments, None, Gio.DBusCallFlags.NONE, timeout, None, answered
-        )
+    def _call(self, method: str, arguments: Any, timeout: int, done: buscall.Done) -> None:
+        buscall.call(self._connection, SERVICE, PATH, INTERFACE, method, arguments, timeout, done)
 
 
-def verdict(reply: Any, error: str, action_id: str) -> UserError | None:
+def verdict(values: tuple[Any, ...] | None, error: str, action_id: str) -> UserError | None:
     """Turn polkit's answer into a refusal, None if it agrees."""
-    if reply is None:
+    if values is None:
         if error.startswith(ABSENT):
             return NotAuthorized("polkit is not there to ask, so only root may do this", hint="install polkitd")
         return NotAuthorized(f"polkit did not decide on {action_id}: {error}", hint="try again, or as root")
-    authorized, challenge, _ = reply.unpack()[0]
+    authorized, challenge, _ = values[0]
     if authorized:
         return None
     if challenge:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cgpolicy import dropin
 from cgpolicy.action import Action
 from cgpolicy.cgroupfs import CgroupTree, Effective, Events, unit_of_directory
+from cgpolicy.dropin import with_drop_in
 from cgpolicy.error import NotSupported, UserError
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.resolve import UNDECIDED, Decision, SourceKind, resolve
 from cgpolicy.setting import UNSET, Setting, read_setting
-from cgpolicy.systemd import UnitFacts, read_files, with_drop_in
+from cgpolicy.systemd import UnitFacts, find_drop_ins, read_files
 from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import ROOT_SLICE, machine_name, parent_slices, unit_type
 
@@ -193,7 +193,7 @@ class Reconciler:
         elif unit_type(name) == "scope":
             # A transient unit under a name that was never seen: what can be told without PID 1, until it answers.
             slice_ = unit_of_directory(parent.rpartition("/")[2]) or ROOT_SLICE
-            self._take(UnitFacts(name, "loaded", dropin.find(name, self.files.root), slice_, cgroup))
+            self._take(UnitFacts(name, "loaded", find_drop_ins(name, self.files.root), slice_, cgroup))
 
     def cgroup_removed(self, parent: str, directory: str) -> None:
         """Note that a unit has lost its cgroup: it ended, or is on its way to a new one."""
@@ -242,13 +242,21 @@ class Reconciler:
                 self.units[name].facts = replace(facts, files=with_drop_in(facts.files, path))
             self.reread(name)
 
-    def drop_in_removed(self, name: str, path: str) -> None:
-        """Let a drop-in no longer count that was just removed."""
+    def expect_drop_in(self, name: str, path: str) -> None:
+        """Let a drop-in count that an earlier process wrote and of which PID 1 does not know yet."""
+        self._ahead[name] = path
+
+    def drop_in_removed(self, name: str, path: str, uncovered: str | None = None) -> None:
+        """Let a drop-in no longer count that was just removed, but the one that it had hidden, if any."""
         if self._ahead.get(name) == path:
             del self._ahead[name]
         if name in self.units:
             facts = self.units[name].facts
-            self.units[name].facts = replace(facts, files=tuple(file for file in facts.files if file != path))
+            files = tuple(file for file in facts.files if file != path)
+            if uncovered is not None:
+                self._ahead[name] = uncovered
+                files = with_drop_in(files, uncovered)
+            self.units[name].facts = replace(facts, files=files)
             self.reread(name)
 
     def sweep(self) -> None:

@@ -6,14 +6,20 @@ For one look at a time, with or without the daemon; the daemon's own running pic
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from cgpolicy import dropin
 from cgpolicy.error import NotSupported, UserError
 from cgpolicy.libsystemd import part
+from cgpolicy.policyfile import read_regular
 from cgpolicy.setting import SECTION, UNSET, Setting, read_setting
+from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, bus_label_escape, check, unit_type
 
 SERVICE = "org.freedesktop.systemd1"
@@ -93,32 +99,37 @@ def facts(unit: str, values: dict[str, object]) -> UnitFacts:
 def read_files(paths: Iterable[str]) -> Setting:
     """Read the setting out of unit files; one that cannot be read says nothing (a mask is empty, a race is gone)."""
     files = []
+    too_large = []
     for path in paths:
         try:
-            with open(path, "rb", buffering=0) as file:
-                content = file.readall()
-        except OSError:
+            content = read_regular(path)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                too_large.append(Problem(path, 0, f"{error.strerror}; ignored"))
             continue
         if MENTION.search(content) or len(content) >= 1 << 20 or not PLAIN.fullmatch(content):
             files.append((path, content))
-    return read_setting(files) if files else UNSET
+    setting = read_setting(files) if files else UNSET
+    return replace(setting, problems=(*setting.problems, *too_large)) if too_large else setting
 
 
-def with_drop_in(files: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """Return a unit's files with one drop-in more, in the place where systemd will put it.
+def find_drop_ins(unit: str, root: Path = Path("/")) -> tuple[str, ...]:
+    """Return the drop-ins that systemd will read for a unit that it has not told of; a masked one is among them.
 
-    Drop-ins are sorted bytewise by their base names, and of one base name only one counts (systemd.unit(5)).
+    A scope's processes are in its cgroup a tenth of a millisecond after that has appeared, and PID 1 answers nothing
+    until the scope has been started.
     """
-
-    def base(file: str) -> str:
-        return file.rpartition("/")[2]
-
-    def is_drop_in(file: str) -> bool:
-        return file.rpartition("/")[0].endswith(".d")
-
-    fragment = [file for file in files if not is_drop_in(file)]
-    drop_ins = [file for file in files if is_drop_in(file) and base(file) != base(path)]
-    return (*fragment, *sorted([*drop_ins, path], key=lambda file: base(file).encode()))
+    found: dict[str, str] = {}
+    for directory in dropin.directories(unit):
+        path = root / directory
+        try:
+            entries = os.listdir(path)
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.endswith(".conf"):
+                found.setdefault(entry, str(path / entry))
+    return tuple(found[entry] for entry in sorted(found, key=os.fsencode))
 
 
 class SystemdManager:

@@ -12,11 +12,12 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
-from gi.repository import Gio, GLib
+from gi.repository import GLib
 
+from cgpolicy import buscall
 from cgpolicy.directcall import DirectCalls
-from cgpolicy.systemd import MANAGER, MANAGER_PATH, SERVICE, UnitFacts, facts, properties, unit_path
-from cgpolicy.unitname import POLICY_TYPES, unit_type
+from cgpolicy.systemd import MANAGER, MANAGER_PATH, SERVICE, UNIT, UnitFacts, facts, properties, unit_path
+from cgpolicy.unitname import POLICY_TYPES, bus_label_unescape, unit_type
 
 # Calls under way at once; the bus allows 128 replies to be pending for a connection (dbus-daemon(1), system.conf).
 WINDOW = 64
@@ -26,8 +27,11 @@ TIMEOUT_MS = 120_000
 
 # An announcement so soon after a read is put off: it was made by the read if the unit is unloaded right after it.
 ECHO_MS = 100
-ENDED_MAX = 4096
 
+PROPERTIES = "org.freedesktop.DBus.Properties"
+
+Values = tuple[Any, ...] | None  # of an answer; None instead of an error
+Answered = Callable[[Values], None]
 Read = Callable[[UnitFacts | None], None]
 NOTHING: Mapping[str, object] = MappingProxyType({})
 
@@ -48,7 +52,8 @@ class SystemdWatch:
         self._loaded = loaded
         self._removed = removed
         self._refresh = refresh
-        self._queue: deque[tuple[str, str, str, Callable[[object], None]]] = deque()
+        # How to ask, given what takes the answer; and who wants it.
+        self._queue: deque[tuple[Callable[[Callable[[Any], None]], None], Callable[[Any], None]]] = deque()
         self._under_way = 0
         self._reading: dict[str, list[Read]] = {}
         self._again: dict[str, list[Read]] = {}
@@ -78,7 +83,7 @@ class SystemdWatch:
             sender="org.freedesktop.DBus", iface="org.freedesktop.DBus", signal="NameOwnerChanged", arg0=SERVICE,
             signal_fired=partial(strip, self._systemd_owner),
         )
-        self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: None)
+        self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda values: None)
 
     def list_units(self, done: Callable[[dict[str, str] | None], None]) -> None:
         """Hand over the loaded units that can have a policy with their LoadState, None if PID 1 does not answer."""
@@ -117,6 +122,17 @@ class SystemdWatch:
         # Not all at once: what is to be asked of 10,000 units takes 20 MiB, which Python would not give back.
         begin(WINDOW)
 
+    def find(self, name: str, done: Callable[[str | None], None]) -> None:
+        """Hand over the name under which PID 1 keeps a unit, another one if this is an alias; None if it cannot."""
+
+        def loaded(values: Values) -> None:
+            label = values[0].rpartition("/")[2] if values is not None else ""
+            done(bus_label_unescape(label) or None)
+
+        ask = partial(self._call, MANAGER_PATH, MANAGER, "LoadUnit", GLib.Variant("(s)", (name,)))
+        self._queue.append((ask, loaded))
+        self._pump()
+
     def read(self, unit: str, done: Read, known: Mapping[str, object] = NOTHING) -> None:
         """Read one unit but for what is known, PID 1 loading it if need be; done gets None if that failed."""
         if unit in self._reading:
@@ -126,6 +142,27 @@ class SystemdWatch:
         self._reading[unit] = [done]
         self._begin(unit, known)
 
+    def outdated(self, units: list[str], done: Callable[[set[str]], None]) -> None:
+        """Hand over which of some loaded units have files that PID 1 has not read since they were changed."""
+        found: set[str] = set()
+        missing = len(units)
+        if not units:
+            done(found)
+
+        def one(unit: str, values: Values) -> None:
+            nonlocal missing
+            missing -= 1
+            if values is not None and values[0]:
+                found.add(unit)
+            if not missing:
+                done(found)
+
+        for unit in units:
+            arguments = GLib.Variant("(ss)", (UNIT, "NeedDaemonReload"))
+            ask = partial(self._call, unit_path(unit), PROPERTIES, "Get", arguments)
+            self._queue.append((ask, partial(one, unit)))
+        self._pump()
+
     def reload(self) -> None:
         """Ask systemd to reload its configuration, without waiting; requests made meanwhile become one."""
         if self._reloading:
@@ -133,7 +170,7 @@ class SystemdWatch:
             return
         self._reloading = True
 
-        def reloaded(reply: Any) -> None:
+        def reloaded(values: Values) -> None:
             self._reloading = False
             if self._reload_wanted:
                 self._reload_wanted = False
@@ -157,14 +194,15 @@ class SystemdWatch:
 
         path = unit_path(unit)
         for interface, name in wanted:
-            self._queue.append((path, interface, name, partial(got, name)))
+            self._queue.append((partial(self._direct.get, path, interface, name), partial(got, name)))
         self._pump()
 
     def _finish(self, unit: str, result: UnitFacts | None) -> None:
         waiting = self._reading.pop(unit)
-        self._ended[unit] = time.monotonic()
+        now = time.monotonic()
+        self._ended[unit] = now
         self._ended.move_to_end(unit)
-        if len(self._ended) > ENDED_MAX:
+        while now - next(iter(self._ended.values())) > ECHO_MS / 1000:
             self._ended.popitem(last=False)
         if unit in self._again:
             self._reading[unit] = self._again.pop(unit)
@@ -174,27 +212,21 @@ class SystemdWatch:
 
     def _pump(self) -> None:
         while self._queue and self._under_way < WINDOW:
-            path, interface, name, done = self._queue.popleft()
+            ask, done = self._queue.popleft()
             self._under_way += 1
 
-            def answered(value: object, done: Callable[[object], None] = done) -> None:
+            def answered(answer: Any, done: Callable[[Any], None] = done) -> None:
                 self._under_way -= 1
-                done(value)
+                done(answer)
                 self._pump()
 
-            self._direct.get(path, interface, name, answered)
+            ask(answered)
 
-    def _call(self, path: str, interface: str, method: str, arguments: Any, done: Callable[[Any], None]) -> None:
-        def answered(connection: Any, result: Any) -> None:
-            try:
-                reply = connection.call_finish(result)
-            except GLib.Error:
-                # The unit went away meanwhile, or PID 1 is being executed anew: a signal tells what is next.
-                reply = None
-            done(reply)
-
-        self._bus.con.call(
-            SERVICE, path, interface, method, arguments, None, Gio.DBusCallFlags.NONE, TIMEOUT_MS, None, answered
+    def _call(self, path: str, interface: str, method: str, arguments: Any, done: Answered) -> None:
+        # Of an error nothing is said: the unit went away meanwhile, or PID 1 is being executed anew, and a signal
+        # tells what is next.
+        buscall.call(
+            self._bus.con, SERVICE, path, interface, method, arguments, TIMEOUT_MS, lambda values, error: done(values)
         )
 
     def _counts(self, unit: str) -> bool:
@@ -217,11 +249,11 @@ class SystemdWatch:
             self._reread(unit)
             return False
 
-        self._echoes[unit] = GLib.timeout_add(ECHO_MS, no_echo)
+        self._echoes[unit] = buscall.after(ECHO_MS, no_echo)
 
     def _unit_removed(self, unit: str, path: str) -> None:
         if unit in self._echoes:
-            GLib.source_remove(self._echoes.pop(unit))
+            buscall.cancel(self._echoes.pop(unit))
         if self._counts(unit):
             self._removed(unit)
 
@@ -238,7 +270,7 @@ class SystemdWatch:
     def _systemd_owner(self, name: str, old: str, new: str) -> None:
         if new:
             # A new bus client: subscriptions are gone with the old one (daemon-reexec).
-            self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda reply: self._refresh())
+            self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda values: self._refresh())
 
 
 def strip(handler: Callable[..., None], sender: str, path: str, interface: str, signal: str, values: Any) -> None:

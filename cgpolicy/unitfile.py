@@ -124,7 +124,7 @@ def decode(data: bytes) -> str:
 
 def shorten(text: str) -> str:
     """Return the text fit for one line of a message."""
-    printable = "".join(char if char.isprintable() else "?" for char in text)
+    printable = "".join(char if char.isprintable() else "?" for char in text[:61])
     return printable if len(printable) <= 60 else f"{printable[:57]}..."
 
 

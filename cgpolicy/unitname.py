@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import string
 
-from cgpolicy.error import InvalidUnitName
+from cgpolicy.error import InvalidUnitName, quoted
 
 UNIT_TYPES = frozenset(
     "service socket target device mount automount swap timer path slice scope".split()
@@ -30,7 +30,7 @@ LIBVIRT_MACHINE = re.compile(r"(?:qemu|lxc|ch|xen)-\d+-(.+)", re.DOTALL)
 def is_valid(name: str) -> bool:
     """Tell whether this is a plain, template or instance unit name (unit_name_is_valid(), UNIT_NAME_ANY)."""
     stem, dot, suffix = name.rpartition(".")
-    if not dot or not stem or suffix not in UNIT_TYPES or len(name.encode(errors="surrogateescape")) > NAME_MAX:
+    if not dot or not stem or suffix not in UNIT_TYPES or len(name) > NAME_MAX:  # in bytes: VALID_CHARS are ASCII
         return False
     # Only the first @ separates; more of them belong to the instance.
     return not stem.startswith("@") and all(char in VALID_CHARS or char == "@" for char in stem)
@@ -39,7 +39,7 @@ def is_valid(name: str) -> bool:
 def check(name: str) -> str:
     """Return the name if it is a valid unit name, else raise InvalidUnitName."""
     if not is_valid(name):
-        raise InvalidUnitName(f"{name!r} is no valid unit name", hint="expected a name like postgresql.service")
+        raise InvalidUnitName(f"{quoted(name)} is no valid unit name", hint="expected a name like postgresql.service")
     return name
 
 

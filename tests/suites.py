@@ -37,6 +37,7 @@ HOST_PACKAGES = (
     "python3-pydbus",
     "python3-pystemd",
     "python3-venv",
+    "strace",
     "systemd",
 )
 

@@ -21,6 +21,7 @@ SYSTEMD_XML = f"""<node>
   <interface name="{MANAGER}">
     <method name="Subscribe"/>
     <method name="Reload"/>
+    <method name="LoadUnit"><arg type="s" direction="in"/><arg type="o" direction="out"/></method>
     <method name="ListUnits"><arg type="a(ssssssouso)" direction="out"/></method>
     <signal name="UnitNew"><arg type="s"/><arg type="o"/></signal>
     <signal name="UnitRemoved"><arg type="s"/><arg type="o"/></signal>
@@ -31,6 +32,7 @@ SYSTEMD_XML = f"""<node>
     <property name="LoadState" type="s" access="read"/>
     <property name="FragmentPath" type="s" access="read"/>
     <property name="DropInPaths" type="as" access="read"/>
+    <property name="NeedDaemonReload" type="b" access="read"/>
   </interface>
 """ + "".join(
     f"""<interface name="{interface}">
@@ -82,6 +84,8 @@ class FakeSystemd:
         self.root = root
         self.units: dict[str, FakeUnit] = {}
         self.listed: set[str] = set()
+        self.aliases: dict[str, str] = {}
+        self._objects: dict[str, list[int]] = {}
         self.reloads = 0
         self.gets: Counter[str] = Counter()
         self.subscribed = False
@@ -91,19 +95,34 @@ class FakeSystemd:
         self._register(MANAGER_PATH, MANAGER, self._manager)
         client.own(SERVICE)
 
-    def _register(self, path: str, interface: str, call: Callable[..., None]) -> None:
+    def _register(self, path: str, interface: str, call: Callable[..., None]) -> int:
         # Without getters GDBus hands Properties.Get to the method handler, which can hold it back.
-        self.client.connection.register_object(path, self._info.lookup_interface(interface), call, None, None)
+        info = self._info.lookup_interface(interface)
+        return int(self.client.connection.register_object(path, info, call, None, None))
 
     def add(self, name: str, *, listed: bool = True, **values: Any) -> FakeUnit:
         """Make a unit known; one that is not listed is loaded when somebody asks for it."""
-        unit = self.units[name] = FakeUnit(name, **values)
+        unit = FakeUnit(name, **values)
         unit.drop_ins = self.find_drop_ins(name)
         if listed:
             self.listed.add(name)
-        for interface in (UNIT, INTERFACES[unit_type(name)]):
-            self._register(unit_path(name), interface, partial(self._unit, unit))
+        self.take(unit)
         return unit
+
+    def take(self, unit: FakeUnit) -> None:
+        """Show a unit on the bus."""
+        name = unit.name
+        self.units[name] = unit
+        for interface in (UNIT, INTERFACES[unit_type(name)]):
+            number = self._register(unit_path(name), interface, partial(self._unit, unit))
+            self._objects.setdefault(name, []).append(number)
+
+    def forget(self, name: str) -> None:
+        """Unload a unit that has no file."""
+        self.unit_removed(name)
+        del self.units[name]
+        for number in self._objects.pop(name):
+            self.client.connection.unregister_object(number)
 
     def find_drop_ins(self, name: str) -> tuple[str, ...]:
         """Return a unit's drop-ins; of one base name the directory with precedence counts (systemd.unit(5))."""
@@ -153,6 +172,10 @@ class FakeSystemd:
         if method == "Subscribe":
             self.subscribed = True
             invocation.return_value(None)
+        elif method == "LoadUnit":
+            # PID 1 makes a unit for any name that it is asked about; an alias leads to the unit itself.
+            (name,) = arguments.unpack()
+            invocation.return_value(GLib.Variant("(o)", (unit_path(self.aliases.get(name, name)),)))
         elif method == "Reload":
             self.reload()
             invocation.return_value(None)
@@ -170,7 +193,11 @@ class FakeSystemd:
 
         def answer() -> None:
             self.gets[unit.name] += 1
-            invocation.return_value(GLib.Variant("(v)", (unit.value(name),)))
+            if name == "NeedDaemonReload":
+                value = GLib.Variant("b", self.find_drop_ins(unit.name) != unit.drop_ins)
+            else:
+                value = unit.value(name)
+            invocation.return_value(GLib.Variant("(v)", (value,)))
             if unit.name not in self.listed:
                 # PID 1 loads a unit to answer for it, and unloads it again.
                 self.emit("UnitNew", "(so)", unit.name, unit_path(unit.name))

@@ -84,7 +84,7 @@ class Call:
         return self.values
 
 
-def wait(condition: Callable[[], object], what: str) -> None:
+def wait(condition: Callable[[], object], what: str, seconds: float = DEADLINE_MS / 1000) -> None:
     """Run the main loop, in which the fakes answer, until a condition holds."""
     late = False
 
@@ -95,7 +95,7 @@ def wait(condition: Callable[[], object], what: str) -> None:
 
     # Files change without a word on the bus: those conditions are looked at with every tick.
     tick = GLib.timeout_add(TICK_MS, lambda: True)
-    last = GLib.timeout_add(DEADLINE_MS, deadline)
+    last = GLib.timeout_add(int(seconds * 1000), deadline)
     try:
         while not condition():
             assert not late, f"waited in vain for {what}"

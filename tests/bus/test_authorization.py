@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,9 @@ from gi.repository import GLib
 from cgpolicy.client import NAME, UNIT
 from tests.bus.privatebus import Call, Client, Failed, wait
 from tests.bus.world import PROPERTIES, World, drop_in, unit_object
+from tests.scale import scaled
 
+DAEMON = 1  # a user that every Debian has
 DENIED = f"{NAME}.Error.NotAuthorized"
 WEB = "/system.slice/web.service"
 
@@ -185,3 +188,79 @@ def test_one_caller_has_few_prompts_at_once(world: World) -> None:
     polkit.answer = "allow"
     set_web("kill")(nobody).result()
     assert world.tree.said(WEB) == "kill"
+
+
+def test_one_user_keeps_others_not_from_being_asked_for(world: World) -> None:
+    """A user can have any number of connections."""
+    prepare(world)
+    polkit = world.polkit("hang")
+    calls = [set_web("continue")(nobody) for nobody in [world.nobody() for _ in range(5)] for _ in range(4)]
+    wait(lambda: len(polkit.questions) == 16 and sum(call.answered for call in calls) == 4, "16 questions")
+    set_web("continue")(world.client(DAEMON))
+    wait(lambda: len(polkit.questions) == 17, "the other user's question")
+
+
+@pytest.mark.parametrize("question", [set_web("continue"), CHANGES["unset machine"]])
+def test_polkit_that_restarts_loses_its_questions_and_is_asked_again(world: World, question: Start) -> None:
+    prepare(world)
+    before, polkit, nobody = world.policy_files(), world.polkit("hang"), world.nobody()
+    pending = question(nobody)
+    wait(lambda: polkit.questions, "polkit to be asked")
+    polkit.client.close()
+    with pytest.raises(Failed, match="polkit did not decide") as failed:
+        pending.result()
+    assert failed.value.name == DENIED
+    with pytest.raises(Failed, match="polkit is not there"):
+        question(nobody).result()
+    assert world.policy_files() == before
+    world.polkit("allow")
+    question(nobody).result()
+    assert world.policy_files() != before
+
+
+HOLD_SECONDS = scaled(2, 10)
+ANSWER_SECONDS = 0.050  # the bound of one answer, whoever is being asked for a password
+
+
+def slowest_answer(world: World, seconds: float) -> float:
+    """Return how long the slowest answer took to several clients that read and write all the time."""
+    clients: list[tuple[Client, Start]] = [
+        (world.nobody(), lambda client: client.start("ListUnits", "(as)", [])),
+        (world.nobody(), lambda client: client.start("Explain", "(s)", "web.service")),
+        (world.nobody(), lambda client: client.start("GetUnit", "(s)", "web.service")),
+        (world.root_client, set_web("panic")),
+        (world.nobody(), set_web("panic")),
+    ]
+    slowest, began = 0.0, time.monotonic()
+    while time.monotonic() - began < seconds:
+        for client, start in clients:
+            sent = time.monotonic()
+            start(client).result()
+            slowest = max(slowest, time.monotonic() - sent)
+    return slowest
+
+
+def test_answers_come_in_time_while_a_prompt_is_held(world: World) -> None:
+    """The bound is for all answers; only a machine on which it does not hold without a prompt either is excused."""
+    prepare(world)
+    polkit = world.polkit()
+    rounds = []
+    for _ in range(3):
+        alone = slowest_answer(world, HOLD_SECONDS / 2)
+        polkit.answer = "hang"
+        polkit.questions.clear()
+        held = world.nobody().start("SetUnitPolicy", "(ssbt)", "web.service", "kill", False, 0, interactive=True)
+        wait(lambda: polkit.questions, "the prompt")
+        polkit.answer = "allow"
+        slowest = slowest_answer(world, HOLD_SECONDS)
+        assert not held.answered and len(polkit.questions) > 1
+        polkit.questions[0].answer(False)
+        with pytest.raises(Failed):
+            held.result()
+        rounds.append((slowest, alone))
+        if slowest < ANSWER_SECONDS:
+            break
+    print(f"slowest answer in {HOLD_SECONDS} s of a prompt, and without one:",
+          [f"{slowest * 1000:.1f} ms, {alone * 1000:.1f} ms" for slowest, alone in rounds])
+    busy = min(alone for _, alone in rounds) >= ANSWER_SECONDS
+    assert min(slowest for slowest, _ in rounds) < (HOLD_SECONDS / 4 if busy else ANSWER_SECONDS)

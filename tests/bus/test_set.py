@@ -175,6 +175,25 @@ def test_runtime_beside_persistent_is_refused(world: World) -> None:
     assert world.policy_files() == before
 
 
+@pytest.mark.parametrize("flags", [0, 1])
+def test_unset_uncovers_what_was_hidden(world: World, flags: int) -> None:
+    """At once, and not only when systemd has reloaded: in between the unit would be unprotected."""
+    world.write_drop_in("web.service", "50-cgpolicy.conf", drop_in("kill"), "run")
+    world.service("web.service")
+    world.start()
+    world.root_client.call("SetUnitPolicy", "(ssbt)", "web.service", "panic", False, flags)
+    listener = world.nobody()
+    world.systemd.holding = True
+    world.root_client.call("UnsetUnitPolicy", "(sbt)", "web.service", False, flags)
+    assert world.tree.said(WEB) == "kill"
+    world.systemd.go_on()
+    world.root_client.call("Reload")
+    assert world.tree.said(WEB) == "kill"
+    assert world.unit("web.service")["SourcePath"] == str(world.root / RUNTIME)
+    listener.get("Version")
+    assert [signal.values[1] for signal in listener.signals if signal.name == "UnitPolicyChanged"] == ["kill"]
+
+
 def test_drop_in_that_cannot_be_written(world: World) -> None:
     world.service("web.service")
     (world.root / "elsewhere").mkdir()
@@ -223,3 +242,25 @@ def test_manager_counts_what_failed(world: World) -> None:
     assert (unit["State"], unit["EffectiveAction"]) == ("no-controller", "continue")
     assert "MemoryAccounting" in unit["LastError"]
     assert listener.call("GetAll", "(s)", MANAGER, interface=PROPERTIES)["NFailed"] == 1
+
+
+@pytest.mark.parametrize("flags", [0, 1])
+def test_by_an_alias_it_is_the_unit_itself(world: World, flags: int) -> None:
+    """Two objects for one cgroup would each put right what the other writes, without end."""
+    world.service("web.service")
+    world.systemd.add("www.service", listed=False, cgroup=WEB)
+    world.systemd.aliases["www.service"] = "web.service"
+    world.start()
+    polkit = world.polkit()
+    assert world.root_client.call("GetUnit", "(s)", "www.service") == WEB_OBJECT
+    world.nobody().call("SetUnitPolicy", "(ssbt)", "www.service", "kill", False, flags)
+    # Also for polkit's rules, which name the unit.
+    assert [question.details["unit"] for question in polkit.questions] == ["web.service"]
+    world.settle()
+    assert world.tree.said(WEB) == "kill"
+    assert (world.root / PERSISTENT).read_bytes().endswith(drop_in("kill"))
+    assert [row[:2] for row in world.root_client.call("ListUnits", "(as)", ["w*"])] == [("web.service", "kill")]
+    world.root_client.call("UnsetUnitPolicy", "(sbt)", "www.service", False, flags)
+    world.settle()
+    assert world.tree.said(WEB) == "continue"
+    assert not (world.root / PERSISTENT).exists()

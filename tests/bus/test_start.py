@@ -93,3 +93,33 @@ def test_kernel_without_the_file_is_not_enforced(world: World) -> None:
     assert world.unit("web.service")["State"] == "not-enforced"
     assert world.unit("web.service")["EffectiveAction"] == "continue"
     assert not (world.tree.path(WEB) / "memory.failure_dirty_action").exists()
+
+
+@pytest.mark.parametrize("flags", [0, 1])
+def test_what_was_set_counts_after_a_crash_though_systemd_has_not_read_it(world: World, flags: int) -> None:
+    world.service("web.service", KILL)
+    world.service("other.service", KILL)
+    world.start()
+    world.root_client.call("SetUnitPolicy", "(ssbt)", "web.service", "panic", False, flags)
+    world.settle()
+    world.kill()
+    world.systemd.units["web.service"].drop_ins = ()  # as if the daemon had been killed just before the reload
+    world.write_drop_in("other.service", "50-cgpolicy.conf", drop_in("panic"))  # by hand: counts when systemd says so
+    world.start()
+    assert world.tree.said(WEB) == "panic"
+    assert world.tree.said("/system.slice/other.service") == "kill"
+    assert world.unit("web.service")["SourcePath"].endswith("etc/systemd/system/web.service.d/50-cgpolicy.conf")
+    world.systemd.reload()
+    wait(lambda: world.tree.said("/system.slice/other.service") == "panic", "what systemd then says")
+    assert world.tree.said(WEB) == "panic"
+
+
+def test_drop_in_that_systemd_knows_and_ignores_does_not_count(world: World) -> None:
+    world.service("web.service", KILL)
+    world.start()
+    world.root_client.call("SetUnitPolicy", "(ssbt)", "web.service", "panic", False, 0)
+    world.kill()
+    world.systemd.units["web.service"].drop_ins = ()
+    world.systemd.find_drop_ins = lambda name: ()  # type: ignore[method-assign]  # a masked unit has none
+    world.start()
+    assert world.tree.said(WEB) == "kill"

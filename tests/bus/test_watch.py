@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -271,15 +272,18 @@ def test_junk_is_named_and_harms_no_other_unit(world: World, junk: bytes, line: 
     assert 0 < len(problems[0][4]) < 500 and problems[0][4].isprintable()
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "dangling link", "mask"])
+@pytest.mark.parametrize("kind", ["missing", "directory", "dangling link", "mask", "endless", "FIFO"])
 def test_drop_in_that_cannot_be_read_says_nothing(world: World, kind: str) -> None:
     path = world.write_drop_in("web.service", "40-odd.conf", drop_in("panic"))
     world.service("web.service", KILL)
     path.unlink()
     if kind == "directory":
         path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(world.root / "fifo")
+        path.symlink_to(world.root / "fifo")  # in somebody's directory
     elif kind != "missing":
-        path.symlink_to("/dev/null" if kind == "mask" else "nowhere")
+        path.symlink_to({"mask": "/dev/null", "endless": "/dev/zero"}.get(kind, "nowhere"))
     world.start()
     assert str(path) in world.systemd.units["web.service"].drop_ins
     assert world.tree.said(WEB) == "kill"

@@ -35,7 +35,8 @@ class World:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._undo = contextlib.ExitStack()
-        self.address = self._undo.enter_context(private_bus())
+        self._bus = self._undo.enter_context(contextlib.ExitStack())
+        self.address = self._bus.enter_context(private_bus())
         (root / "sys/fs").mkdir(parents=True)
         self.tree = PlainTree(root / "sys/fs/cgroup")
         self.systemd = FakeSystemd(self.client(), root)
@@ -61,6 +62,16 @@ class World:
         client = Client(self.address, user)
         self._undo.callback(client.close)
         return client
+
+    def restart_bus(self) -> None:
+        """Have the bus end and another one begin, on which systemd, with the units that it had, and root are anew."""
+        self._bus.close()
+        self.address = self._bus.enter_context(private_bus())
+        before, self.systemd = self.systemd, FakeSystemd(self.client(), self.root)
+        self.systemd.listed = before.listed
+        for unit in before.units.values():
+            self.systemd.take(unit)
+        self.root_client = self.client()
 
     def nobody(self) -> Client:
         """Connect as a user without privileges."""

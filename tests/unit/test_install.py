@@ -15,6 +15,7 @@ TREE = Path(__file__).resolve().parent.parent.parent
 
 FILES = {
     "usr/bin/cgpolicy",
+    "usr/lib/cgpolicy/cgpolicy-reactor",
     "usr/lib/cgpolicy/cgpolicyd",
     "usr/lib/python3/dist-packages/cgpolicy/org.cgpolicy1.xml",
     "usr/share/dbus-1/interfaces/org.cgpolicy1.xml",
@@ -69,7 +70,7 @@ def test_directories_can_be_chosen(tmp_path: Path) -> None:
 
 def test_launchers_are_isolated(stage: Path) -> None:
     """The launchers import from the system's directory alone: nothing of the caller's has a say."""
-    for launcher in ("usr/bin/cgpolicy", "usr/lib/cgpolicy/cgpolicyd"):
+    for launcher in ("usr/bin/cgpolicy", "usr/lib/cgpolicy/cgpolicyd", "usr/lib/cgpolicy/cgpolicy-reactor"):
         assert (stage / launcher).stat().st_mode & 0o111
         assert (stage / launcher).read_text().startswith("#!/usr/bin/python3 -I\n")
 

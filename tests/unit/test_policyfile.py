@@ -20,6 +20,7 @@ from cgpolicy.action import Action
 from cgpolicy.error import InvalidMachineName, InvalidUnitName, UserError, WriteFailed
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.setting import read_setting
+from cgpolicy.systemd import read_files
 
 UUID = "f7f2a1d0-0c51-4b9e-9d0b-9a8a3c1f2e4d"
 PERSISTENT = "etc/systemd/system/web.service.d/50-cgpolicy.conf"
@@ -116,11 +117,10 @@ def test_runtime_is_refused_where_persistent_would_hide_it(files: PolicyFiles) -
     files.remove_unit("web.service", runtime=False)
     assert list(tree(files.root)) == [RUNTIME]
     files.write_unit("web.service", Action.CONTINUE, runtime=True)
-    of_all = files.root / "etc/systemd/system/service.d/50-cgpolicy.conf"
-    of_all.parent.mkdir()
-    of_all.touch()
-    with pytest.raises(WriteFailed, match=f"{of_all} takes precedence"):
-        files.write_unit("web.service", Action.KILL, runtime=True, known=["/usr/lib/web.service", str(of_all)])
+    # One for all services is the last to count, in whatever directory it is.
+    (files.root / "etc/systemd/system/service.d").mkdir()
+    (files.root / "etc/systemd/system/service.d/50-cgpolicy.conf").touch()
+    files.write_unit("web.service", Action.KILL, runtime=True)
 
 
 # Whole or not at all -------------------------------------------------------------------------------
@@ -340,6 +340,31 @@ def test_a_file_that_says_more_is_left_alone(
 
 
 @every_kind
+def test_a_fifo_in_the_place_of_the_file_keeps_nobody_waiting(
+    files: PolicyFiles, name: str, write: Write, remove: Remove
+) -> None:
+    path = files.root / name
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert files.machine_rule("db") is None
+    write(files, Action.KILL)
+    assert action_of(path) is Action.KILL
+
+
+@every_kind
+def test_a_file_without_end_is_left_alone(files: PolicyFiles, name: str, write: Write, remove: Remove) -> None:
+    path = files.root / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    os.truncate(path, 1 << 40)
+    for attempt in attempts(files, write, remove):
+        with pytest.raises(WriteFailed, match="says more than"):
+            attempt()
+    assert path.stat().st_size == 1 << 40
+    assert read_files([str(path)]).problems[0].message == "larger than 16 MiB; ignored"
+
+
+@every_kind
 def test_a_directory_in_the_place_of_the_file_is_left_alone(
     files: PolicyFiles, name: str, write: Write, remove: Remove
 ) -> None:
@@ -371,7 +396,8 @@ def test_every_spelling_of_a_uuid_is_one_rule(files: PolicyFiles, machine: str) 
     assert files.remove_machine(UUID.upper()) == path
 
 
-@pytest.mark.parametrize("machine", ["web01", "web-01.example", "Win_10+x:@2", "9", "a" * 200, "g" * 32, "x" * 36])
+@pytest.mark.parametrize("machine", ["web01", "web-01.example", "Win_10+x:@2", "9", "a" * 200, "g" * 32, "x" * 36,
+                                     "0123456789_abcdef_0123456789_abc"])
 def test_a_machine_name_is_its_file_name(files: PolicyFiles, machine: str) -> None:
     assert files.machine_rule(machine) is None
     assert files.write_machine(machine, Action.KILL).name == f"{machine}.conf"
@@ -379,7 +405,8 @@ def test_a_machine_name_is_its_file_name(files: PolicyFiles, machine: str) -> No
     assert rule is not None and read_setting([rule]).action is Action.KILL
 
 
-BAD_MACHINES = ["", ".", "..", ".db", "a..b", "a/b", "../db", "-db", "a b", "a\n", "a\0", "\u00e9", "a" * 201]
+BAD_MACHINES = ["", ".", "..", ".db", "a..b", "a/b", "../db", "-db", "a b", "a\n", "a\0", "\u00e9", "a" * 201,
+                " 0123456789abcdef0123456789abcde"]
 
 
 @pytest.mark.parametrize("machine", BAD_MACHINES)

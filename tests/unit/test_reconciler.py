@@ -302,9 +302,9 @@ def test_a_cgroup_of_an_unknown_unit_is_kept_for_it(host: Host) -> None:
         ({}, "continue"),
         ({"etc/systemd/system/scope.d/50.conf": "kill"}, "kill"),
         ({"etc/systemd/system/machine-.scope.d/50.conf": "kill"}, "kill"),
-        # Of one base name the directory with precedence counts, and then the more specific.
+        # Of one base name what is for all scopes comes last, in whatever directory it is.
         ({"etc/systemd/system/scope.d/50.conf": "kill",
-          "run/systemd/system/machine-a.scope.d/50.conf": "panic"}, "kill"),
+          "run/systemd/system/machine-a.scope.d/50.conf": "panic"}, "panic"),
         ({"etc/systemd/system/scope.d/50.conf": "kill",
           "etc/systemd/system/machine-.scope.d/50.conf": "panic"}, "panic"),
         ({"etc/systemd/system/scope.d/60.conf": "kill",

@@ -34,7 +34,7 @@ def test_ready_as_soon_as_systemctl_has_read_all(scale: Steps) -> None:
 
 
 def test_in_step_after_a_reload(scale: Steps) -> None:
-    """All policies changed, daemon-reload, and all applied: within the same time from the end of systemd's own reload."""
+    """All policies are changed and all are applied, from the end of systemd's own reload within the same time."""
     seen = scale["reloaded"]
     print(f"in step {seen['in_step']:.1f} s after daemon-reload was called, which took {seen['reload']:.1f} s")
     assert seen["applied"] == UNITS // 10
