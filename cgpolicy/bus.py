@@ -35,6 +35,7 @@ from cgpolicy.unitname import (
     bus_label_escape,
     bus_label_unescape,
     check,
+    is_domain,
     machine_name,
     parent_slices,
     unit_type,
@@ -161,7 +162,6 @@ class BusFace:
         self._refresh = refresh
         self._enforcement = enforcement
         self._manager_last: dict[str, Any] = {}
-        self._counting = False
         self._waiting: Counter[str] = Counter()
         self._connection.register_object(
             MANAGER_PATH, INTERFACES.lookup_interface(MANAGER), self._manager_call, self._manager_property, None
@@ -172,15 +172,27 @@ class BusFace:
             labels=lambda: map(bus_label_escape, reconciler.units),
             call=self._unit_call,
         )
+        self._counted: dict[str, tuple[str, ...]] = {}  # as what each unit is counted, if as anything
+        self._counts: Counter[str] = Counter()
         for unit in reconciler.units.values():
             unit.published = unit.told
+            self._count(unit.name, unit)
         self._manager_last = self._manager_changing()
 
     # What others see --------------------------------------------------------------------------
 
+    def _count(self, name: str, unit: Unit | None) -> None:
+        """Count a unit as what it is now. To count all of them at each change takes too long with thousands."""
+        self._counts.subtract(self._counted.pop(name, ()))
+        if unit is not None and (unit.configured or unit.state in FAILURES):
+            kinds = {"configured": bool(unit.configured), "failed": unit.state in FAILURES}
+            self._counted[name] = tuple(kind for kind, so in kinds.items() if so)
+            self._counts.update(self._counted[name])
+
     def unit_changed(self, unit: Unit) -> None:
         """Tell what changed of a unit, if it is not new."""
         known, unit.published = unit.published, unit.told
+        self._count(unit.name, unit)
         changed = self._unit_changing(unit, known) if known is not None else {}
         if changed:
             self._emit(unit_path(unit.name), PROPERTIES, "PropertiesChanged",
@@ -192,6 +204,7 @@ class BusFace:
 
     def unit_removed(self, name: str) -> None:
         """Note that a unit's object is gone."""
+        self._count(name, None)
         self._manager_changed()
 
     def data_lost(
@@ -210,23 +223,15 @@ class BusFace:
 
     def _manager_changing(self) -> dict[str, Any]:
         enforcement = self._enforcement()
-        units = self._reconciler.units.values()
         return {
             "Backend": GLib.Variant("s", enforcement.backend),
             "Enforcement": GLib.Variant("s", enforcement.strength),
             "EnforcementDetail": GLib.Variant("s", enforcement.detail),
-            "NUnits": GLib.Variant("u", sum(1 for unit in units if unit.configured)),
-            "NFailed": GLib.Variant("u", sum(1 for unit in units if unit.state in FAILURES)),
+            "NUnits": GLib.Variant("u", self._counts["configured"]),
+            "NFailed": GLib.Variant("u", self._counts["failed"]),
         }
 
     def _manager_changed(self) -> None:
-        """Look at the counters soon, once for all units that change together: it takes a walk over all."""
-        if not self._counting:
-            self._counting = True
-            GLib.idle_add(self._count, priority=GLib.PRIORITY_DEFAULT)
-
-    def _count(self) -> None:
-        self._counting = False
         now = self._manager_changing()
         changed = {name: value for name, value in now.items() if value != self._manager_last.get(name)}
         self._manager_last = now
@@ -455,9 +460,14 @@ class BusFace:
         found = {read_setting([rule]).action or "" if rule else "", self._configured(MACHINE_SLICE)}
         found |= {
             unit.configured for unit in self._reconciler.units.values()
-            if key in (machine_name(unit.name), self._reconciler.machine_uuid(unit.name))
+            if self._runs(unit.name, key)
         }
         return Action.PANIC if Action.PANIC in found else ""
+
+    def _runs(self, unit: str, machine: str) -> bool:
+        """Tell whether a rule for a machine of this name or UUID is about a unit."""
+        name = machine_name(unit, self._reconciler.machine_registered(unit))
+        return machine in (name, self._reconciler.machine_uuid(unit)) or is_domain(machine, unit)
 
     def _get_unit(self, invocation: Any, name: str) -> None:
         def answer(unit: Unit) -> None:
@@ -500,13 +510,22 @@ class BusFace:
         def answer(unit: Unit) -> None:
             rows = [(str(c.kind), c.path, c.line, c.value, c.verdict) for c in unit.decision.candidates]
             rows += [("problem", each.path, each.line, "", each.message) for each in unit.decision.problems]
-            effective = unit.effective
-            if effective.cgroup and effective.cgroup != unit.facts.cgroup:
-                verdict = f"effective: stricter than the unit's own, by {effective.cgroup}"
-                rows.append(("cgroup", effective.cgroup, 0, str(effective.action), verdict))
+            rows += self._stricter(unit)
             reply(invocation, GLib.Variant("(a(ssuss))", (rows,)))
 
         self._with_unit(invocation, name, answer)
+
+    def _stricter(self, unit: Unit) -> list[tuple[str, str, int, str, str]]:
+        """Return a row of Explain for each cgroup above a unit's whose own value is stricter than the unit's."""
+        effective = unit.effective
+        rows = []
+        for cgroup, action in self._reconciler.tree.above(unit.facts.cgroup):
+            if cgroup == effective.cgroup:
+                verdict = f"effective: stricter than the unit's own, by {cgroup}"
+            else:
+                verdict = f"stricter than the unit's own, but {effective.cgroup} decides"
+            rows.append(("cgroup", cgroup, 0, str(action), verdict))
+        return rows
 
     def _reload(self, invocation: Any) -> None:
         self._authorized(invocation, "reload", "", "", lambda: self._refresh(lambda: reply(invocation, None)))

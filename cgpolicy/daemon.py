@@ -91,7 +91,9 @@ class Daemon:
         self.cgroups = CgroupWatch(self.tree)
         self.watch = SystemdWatch(self.bus, loaded=self.unit_loaded, removed=self.unit_removed, refresh=self.refresh)
         self.machines = MachineWatch(self.bus, self.machine_changed)
-        self.reconciler = Reconciler(self.tree, self.files, machine_uuid=self.machines.uuid)
+        self.reconciler = Reconciler(
+            self.tree, self.files, machine_uuid=self.machines.uuid, machine_registered=self.machines.name
+        )
         self.tally = LossTally(self.report)
         self._flushing = False
         self._refreshing = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""UUIDs of virtual machines and containers, from systemd-machined (org.freedesktop.machine1(5))."""
+"""UUIDs and names of virtual machines and containers, from systemd-machined (org.freedesktop.machine1(5))."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class MachineWatch:
         self._bus = bus
         self._changed = changed
         self._uuids: dict[str, str] = {}
+        self._names: dict[str, str] = {}
 
     def start(self) -> None:
         """Subscribe, and read the machines that run already."""
@@ -45,17 +46,25 @@ class MachineWatch:
         """Return the UUID of the machine that a unit runs, lower case with hyphens, None if it has none."""
         return self._uuids.get(unit)
 
+    def name(self, unit: str) -> str | None:
+        """Return what machined calls the machine that a unit runs, None if it knows none."""
+        return self._names.get(unit)
+
     def forget(self, unit: str) -> None:
         """Drop what is known of a unit that is gone."""
         self._uuids.pop(unit, None)
+        self._names.pop(unit, None)
 
     def _new(self, name: str, path: str) -> None:
         def got(values: tuple[Any, ...] | None, error: str) -> None:
             machine = values[0] if values is not None else {}  # it is gone again
             number, unit = bytes(machine.get("Id", b"")), machine.get("Unit", "")
-            if unit and len(number) == 16 and any(number):
+            if not unit:
+                return
+            self._names[unit] = name
+            if len(number) == 16 and any(number):
                 self._uuids[unit] = str(uuid.UUID(bytes=number))
-                self._changed(unit)
+            self._changed(unit)
 
         self._call(path, "org.freedesktop.DBus.Properties", "GetAll", GLib.Variant("(s)", (MACHINE,)), got)
 

@@ -15,7 +15,7 @@ from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.resolve import Decision, resolve
 from cgpolicy.setting import read_setting
 from cgpolicy.systemd import SystemdManager, UnitFacts, read_files
-from cgpolicy.unitname import machine_name, parent_slices
+from cgpolicy.unitname import parent_slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,7 @@ class Applied:
 def decide_from(facts: UnitFacts, systemd: SystemdManager, files: PolicyFiles) -> Decision:
     """Resolve a unit's policy from its facts; the slices around it are asked for."""
     slices = [(name, read_files(systemd.unit(name).files)) for name in parent_slices(facts.slice) if facts.slice]
-    name = machine_name(facts.name)
-    rule = files.machine_rule(name) if name else None
+    rule = files.machine_rule_of(facts.name)
     return resolve(
         facts.name, read_files(facts.files), machine_name=read_setting([rule]) if rule else None, slices=slices
     )

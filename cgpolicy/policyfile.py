@@ -17,7 +17,7 @@ from cgpolicy.dropin import directories
 from cgpolicy.error import InvalidMachineName, WriteFailed, quoted
 from cgpolicy.setting import KEY, SECTION
 from cgpolicy.unitfile import parse
-from cgpolicy.unitname import check, is_valid
+from cgpolicy.unitname import check, is_domain, is_valid, machine_name
 
 DROP_IN = "50-cgpolicy.conf"
 PERSISTENT = Path("etc/systemd/system")
@@ -143,6 +143,19 @@ class PolicyFiles:
         path = self.root / MACHINES / self.check_machine(machine)
         self._refuse_foreign(path)
         return path if self._remove(path) else None
+
+    def machine_rule_of(self, unit: str, registered: str | None = None) -> tuple[str, bytes] | None:
+        """Return path and content of the rule by name for the machine that a unit runs, None if there is none."""
+        name = machine_name(unit, registered)
+        if name is None:
+            return None
+        rule = self.machine_rule(name)
+        if rule is not None:
+            return rule
+        for path in sorted((self.root / MACHINES).glob("*.conf")):
+            if is_domain(path.stem, unit):
+                return self.machine_rule(path.stem)
+        return None
 
     def machine_rule(self, machine: str) -> tuple[str, bytes] | None:
         """Return path and content of the rule for a machine's name or UUID, None if there is none."""

@@ -21,7 +21,7 @@ from cgpolicy.resolve import UNDECIDED, Decision, SourceKind, resolve
 from cgpolicy.setting import UNSET, Setting, read_setting
 from cgpolicy.systemd import UnitFacts, find_drop_ins, read_files
 from cgpolicy.unitfile import Problem
-from cgpolicy.unitname import ROOT_SLICE, machine_name, parent_slices, unit_type
+from cgpolicy.unitname import ROOT_SLICE, parent_slices, unit_type
 
 # Units kept in mind though PID 1 has unloaded them: it does so with every unit that is stopped and that nothing
 # loaded refers to. At the next start a policy that is known already is applied at once.
@@ -120,6 +120,7 @@ class Reconciler:
     files: PolicyFiles
     reports: Reports = field(default_factory=Reports)
     machine_uuid: Callable[[str], str | None] = lambda unit: None
+    machine_registered: Callable[[str], str | None] = lambda unit: None  # under what name, with machined
     units: dict[str, Unit] = field(default_factory=dict)
     supported: bool = True
     _created: dict[str, str] = field(default_factory=dict)
@@ -157,16 +158,19 @@ class Reconciler:
         self._kept[name] = None
         self._kept.move_to_end(name)
         if len(self._kept) > KEPT_MAX:
-            self.remove(next(iter(self._kept)))
+            # Those first that are kept only because some client, whoever it is, has asked for them.
+            asked = (other for other in self._kept if not self._is_waited_for(self.units[other]))
+            self.remove(next(asked, next(iter(self._kept))))
         if not self.tree.exists(unit.facts.cgroup):
             unit.facts = replace(unit.facts, cgroup="")
         self._settle(unit)
 
     def _may_return(self, unit: Unit) -> bool:
-        fragment = Path(unit.facts.fragment)
+        return (unit.asked or self._is_waited_for(unit)) and Path(unit.facts.fragment).is_file()
+
+    def _is_waited_for(self, unit: Unit) -> bool:
         # Instances of a template, one for each connection for example, are not all waited for.
-        wanted = unit.asked or (unit.configured and fragment.name == unit.name)
-        return bool(wanted) and fragment.is_file()
+        return bool(unit.configured) and Path(unit.facts.fragment).name == unit.name
 
     def kept(self, loaded: Iterable[str]) -> list[str]:
         """Return the units with a policy that are kept though PID 1 has unloaded them; it has loaded these."""
@@ -329,13 +333,19 @@ class Reconciler:
             return facts
         return replace(facts, files=with_drop_in(facts.files, path))
 
-    def _rule(self, key: str | None) -> Setting | None:
-        rule = self.files.machine_rule(key) if key else None
-        return read_setting([rule]) if rule else None
+    def _rules(self, name: str) -> tuple[Setting | None, Setting | None]:
+        """Return what the rules of the machine that a unit runs say, by UUID and by name."""
+        number = self.machine_uuid(name)
+        rules = (
+            self.files.machine_rule(number) if number else None,
+            self.files.machine_rule_of(name, self.machine_registered(name)),
+        )
+        by_uuid, by_name = (read_setting([rule]) if rule else None for rule in rules)
+        return by_uuid, by_name
 
     def _settle(self, unit: Unit) -> None:
         """Decide, apply, look, and report if anything that a client can see is different."""
-        by_uuid, by_name = self._rule(self.machine_uuid(unit.name)), self._rule(machine_name(unit.name))
+        by_uuid, by_name = self._rules(unit.name)
         slices = [
             (name, self.units[name].own)
             for name in (parent_slices(unit.facts.slice) if unit.facts.slice else [])

@@ -23,8 +23,12 @@ ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
 LABEL_ESCAPED = re.compile(r"[^A-Za-z0-9]|^[0-9]")
 
-# libvirt: <driver>-<id>-<name> (virDomainDriverGenerateMachineName); the id changes at every start.
-LIBVIRT_MACHINE = re.compile(r"(?:qemu|lxc|ch|xen)-\d+-(.+)", re.DOTALL)
+# libvirt: <driver>-<id>-<name> (virDomainDriverGenerateMachineName()); the id changes at every start.
+LIBVIRT_MACHINE = re.compile(r"((?:qemu|lxc|ch|xen)(?:-embed-[0-9a-f]{8})?-\d+-)(.+)", re.DOTALL)
+LIBVIRT_NAME_MAX = 64  # of all of it
+
+# Units that run the machine of their instance's name: --machine=%i.
+SPAWN = re.compile(r"systemd-(?:nspawn|vmspawn)@(.+)\.service")
 
 
 def is_valid(name: str) -> bool:
@@ -93,17 +97,40 @@ def parent_slices(name: str) -> list[str]:
     return [f"{'-'.join(words[:count])}.slice" for count in range(len(words), 0, -1)] + [ROOT_SLICE]
 
 
-def machine_name(scope: str) -> str | None:
-    """Return the name of the virtual machine or container of a scope in machine.slice, None of another unit.
+def registered_name(unit: str) -> str | None:
+    """Return the name under which machined knows the machine that a unit runs, as far as the unit's name tells."""
+    spawn = SPAWN.fullmatch(unit)
+    if spawn:
+        return spawn[1]
+    if not unit.startswith("machine-") or not unit.endswith(".scope"):
+        return None
+    return unescape(unit.removeprefix("machine-").removesuffix(".scope")) or None
+
+
+def machine_name(unit: str, registered: str | None = None) -> str | None:
+    """Return the name of the virtual machine or container that a unit runs, None of another unit.
 
     machine-qemu\\x2d7\\x2dweb01.scope is libvirt's domain web01, machine-db.scope a machine that registered
-    as db (systemd-machined(8)).
+    as db, systemd-nspawn@db.service one that will (systemd-machined(8)). registered: what machined calls the machine,
+    if that is known.
     """
-    if not scope.startswith("machine-") or not scope.endswith(".scope"):
-        return None
-    name = unescape(scope.removeprefix("machine-").removesuffix(".scope"))
-    libvirt = LIBVIRT_MACHINE.fullmatch(name)
-    return libvirt[1] if libvirt else name or None
+    name = registered_name(unit) or registered
+    libvirt = LIBVIRT_MACHINE.fullmatch(name or "")
+    return libvirt[2] if libvirt else name
+
+
+def is_domain(domain: str, unit: str) -> bool:
+    """Tell whether a unit runs libvirt's domain of this name.
+
+    Of characters that host names have not, such as _, libvirt leaves nothing in the machine's name
+    (virDomainMachineNameAppendValid()), and it cuts what is long.
+    """
+    libvirt = LIBVIRT_MACHINE.fullmatch(registered_name(unit) or "")
+    if not libvirt:
+        return False
+    name = re.sub(r"[^A-Za-z0-9.-]", "", domain).lstrip(".-")
+    name = re.sub(r"([.-])[.-]+", r"\1", name)
+    return f"{libvirt[1]}{name}"[:LIBVIRT_NAME_MAX].rstrip(".-") == libvirt[0]
 
 
 def bus_label_escape(text: str) -> str:

@@ -10,7 +10,7 @@ from tests.scale import scaled
 
 ROUNDS = scaled(1_500, 200_000)
 AT_ONCE = 50
-WARM_UP = scaled(500, 4_500)  # at best the owners of cgroups that are remembered for losses (reconciler.REMEMBERED)
+WARM_UP = scaled(500, 20_000)  # the first tenth: what is remembered on purpose fills up, and the heap finds its size
 
 
 def come_and_go(world: World, first: int) -> None:

@@ -52,3 +52,29 @@ def test_panic_by_name_is_as_hard_to_disarm_by_uuid(world: World, given: str) ->
         world.nobody().call("SetMachinePolicy", "(sst)", given, "kill", 0)
     assert [question.action_id for question in polkit.questions] == [f"{NAME}.set-panic"]
     assert world.tree.said(CGROUP) == "panic"
+
+
+def test_rule_by_the_name_that_only_machined_knows(world: World) -> None:
+    world.service("appliance.service")
+    FakeMachined(world.client()).add("db", "appliance.service", uuid.UUID(int=0))
+    world.start()
+    world.root_client.call("SetMachinePolicy", "(sst)", "db", "panic", 0)
+    wait(lambda: world.tree.said("/system.slice/appliance.service") == "panic", "the rule by name")
+    assert world.unit("appliance.service")["Source"] == "machine-name"
+    polkit = world.polkit("deny")
+    with pytest.raises(Failed):
+        world.nobody().call("UnsetMachinePolicy", "(st)", "db", 0)
+    assert [question.action_id for question in polkit.questions] == [f"{NAME}.set-panic"]
+
+
+def test_panic_is_as_hard_to_disarm_by_another_spelling_of_a_domain(world: World) -> None:
+    world.tree.make(CGROUP)
+    world.systemd.add(SCOPE, slice="machine.slice", cgroup=CGROUP)
+    world.start()
+    world.root_client.call("SetMachinePolicy", "(sst)", "web_01", "panic", 0)
+    assert world.tree.said(CGROUP) == "panic"
+    polkit = world.polkit("deny")
+    for name in ("web01", "web+01", "web_01"):
+        with pytest.raises(Failed):
+            world.nobody().call("SetMachinePolicy", "(sst)", name, "kill", 0)
+    assert {question.action_id for question in polkit.questions} == {f"{NAME}.set-panic"}

@@ -212,6 +212,8 @@ def test_drop_in_that_cannot_be_written(world: World) -> None:
 @pytest.mark.parametrize(("machine", "scope"), [
     ("web01", r"machine-qemu\x2d7\x2dweb01.scope"),
     ("db", "machine-db.scope"),
+    ("web_01", r"machine-qemu\x2d7\x2dweb01.scope"),  # libvirt's name for it lacks what no host name has
+    ("db", "systemd-nspawn@db.service"),
 ])
 def test_machine_rule(world: World, machine: str, scope: str) -> None:
     cgroup = f"/machine.slice/{scope}"

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import os
 import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,36 +19,9 @@ from cgpolicy.policyfile import DROP_IN, PolicyFiles
 from cgpolicy.setting import Setting
 from cgpolicy.systemd import read_files
 from tests.scale import scaled
+from tests.unit.conftest import Find
 
 TREES = scaled(800, 100_000)
-
-Strings = ctypes.POINTER(ctypes.c_char_p)
-Find = Callable[[Path, str], tuple[str, ...]]
-
-
-@pytest.fixture(scope="session")
-def find(libsystemd: ctypes.CDLL) -> Find:
-    """Return what asks systemd for the drop-ins of a unit below a root directory; the same call from 252 on."""
-    call, free = libsystemd.unit_file_find_dropin_paths, libsystemd.strv_free
-    call.argtypes = [ctypes.c_char_p, Strings, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p,
-                     ctypes.c_void_p, ctypes.POINTER(Strings)]
-    free.argtypes, free.restype = [Strings], ctypes.c_void_p
-
-    def ask(root: Path, unit: str) -> tuple[str, ...]:
-        present = [f"{root}/{directory}" for directory in UNIT_DIRECTORIES if os.path.isdir(f"{root}/{directory}")]
-        paths = (ctypes.c_char_p * (len(present) + 1))(*map(str.encode, present), None)
-        out = Strings()
-        assert call(None, paths, None, b".d", b".conf", unit.encode(), None, ctypes.byref(out)) >= 0
-        if not out:
-            return ()
-        try:
-            found = itertools.takewhile(lambda item: item is not None, (out[index] for index in itertools.count()))
-            return tuple(item.decode() for item in found if item is not None)
-        finally:
-            free(out)
-
-    return ask
-
 
 UNITS = [
     "web.service", "a-b-c.service", "a-b.service", "web@.service", "web@i.service", "a-b@i-j.service",

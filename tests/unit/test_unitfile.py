@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import os
 import random
+import re
+import tempfile
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from cgpolicy.unitfile import parse
+from cgpolicy.unitfile import TOO_LONG, UnitFile, parse
+from tests.scale import scaled
 
-CASES = int(os.environ.get("CGPOLICY_ORACLE_CASES", "3000"))
+LOG_TARGET_CONSOLE = 0  # src/basic/log.h
+LOG_WARNING = 4
+
+CASES = scaled(3_000, 100_000)
 
 Callback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_char_p, ctypes.c_uint,
@@ -40,7 +48,38 @@ class Oracle:
             ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
         ]
 
-    def parse(self, data: bytes) -> tuple[list[Seen], bool]:
+    @contextlib.contextmanager
+    def log(self) -> Iterator[Callable[[], bytes]]:
+        """Have systemd log to where nobody sees it; yield what returns what it has logged since."""
+        self.systemd.log_set_target(LOG_TARGET_CONSOLE)
+        self.systemd.log_set_max_level(LOG_WARNING)
+        self.systemd.log_open()
+        before = os.dup(2)
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+
+            def taken() -> bytes:
+                file.seek(0)
+                printed = file.read()
+                file.seek(0)
+                file.truncate()
+                return printed
+
+            try:
+                yield taken
+            finally:
+                os.dup2(before, 2)
+                os.close(before)
+
+    def warnings(self, data: bytes, sections: list[str]) -> list[int]:
+        """Return the numbers of the lines that systemd calls wrong, the sections being known to it."""
+        known = b"".join(section.encode() + b"\0" for section in sections)
+        with self.log() as taken:
+            self.parse(data, known)
+            printed = taken()
+        return [int(line) for line in re.findall(rb"^test:(\d+): (?!Unknown section)", printed, re.MULTILINE)]
+
+    def parse(self, data: bytes, sections: bytes | None = None) -> tuple[list[Seen], bool]:
         """Return what systemd assigns and whether it gave the file up."""
         seen: list[Seen] = []
 
@@ -60,7 +99,7 @@ class Oracle:
 
         file = self.libc.fmemopen(data, len(data), b"r") if data else self.libc.fopen(b"/dev/null", b"r")
         try:
-            status = self.systemd.config_parse(None, b"test", file, None, Lookup(look_up), None, 0, None, None)
+            status = self.systemd.config_parse(None, b"test", file, sections, Lookup(look_up), None, 0, None, None)
         finally:
             self.libc.fclose(file)
         return seen, status < 0
@@ -73,11 +112,19 @@ def oracle() -> Oracle:
     return Oracle(libraries[0])
 
 
-def compare(oracle: Oracle, data: bytes) -> None:
+def compare(oracle: Oracle, data: bytes) -> UnitFile:
+    """Compare assignments with their lines, and of which lines it is said that something is wrong with them."""
     expected, gave_up = oracle.parse(data)
     got = parse(data, "test")
     assert [(a.section, a.key, a.value, a.line) for a in got.assignments] == expected, data[:2000]
     assert got.broken == gave_up, data[:2000]
+    named = [*(each.section for each in got.assignments), *(each.section for each in got.problems)]
+    if "" in named:
+        return got  # a name that cannot be made known to systemd
+    warned = oracle.warnings(data, [name for name in named if name])
+    # Of a line that is too long systemd's caller says so, without the number of the line.
+    assert [problem.line for problem in got.problems if TOO_LONG not in problem.message] == warned, data[:2000]
+    return got
 
 
 LONG = b"k=" + b"x" * (1024 * 1024 - 3)  # 1,048,575 bytes: the longest line that is taken
@@ -138,8 +185,7 @@ def test_generated_as_systemd(oracle: Oracle) -> None:
     for _ in range(CASES):
         start = generator.choice([b"", b"[A]\n", b"[X-CgPolicy]\n"])
         data = start + b"".join(generator.choices(PIECES, k=generator.randrange(1, 25)))
-        compare(oracle, data)
-        got = parse(data, "test")
+        got = compare(oracle, data)
         taken += bool(got.assignments)
         broken += got.broken
     # Otherwise the generator makes nothing worth comparing.

@@ -189,6 +189,11 @@ def test_a_bad_name_is_an_error_of_the_user(refuse: Callable[[str], str], name: 
         (r"machine-qemu\x2d12\x2dweb\x2d01.scope", "web-01"),
         (r"machine-lxc\x2d7\x2dweb01.scope", "web01"),
         (r"machine-qemu\x2dweb01.scope", "qemu-web01"),
+        (r"machine-qemu\x2dembed\x2d0123abcd\x2d1\x2dweb.scope", "web"),
+        ("systemd-nspawn@db.service", "db"),
+        ("systemd-vmspawn@db.service", "db"),
+        ("systemd-nspawn@.service", None),
+        ("libpod-0123.scope", None),
         (r"machine-vbox\x2d7\x2dweb01.scope", "vbox-7-web01"),
         ("machine-db.scope", "db"),
         ("machine-.scope", None),
@@ -205,3 +210,22 @@ def test_machine_of_libvirts_scope(systemd: Systemd, identifier: int, name: str)
     # virDomainDriverGenerateMachineName(), and machined's scope of it (src/machine/machine.c).
     scope = f"machine-{systemd.made('unit_name_escape', f'qemu-{identifier}-{name}')}.scope"
     assert unitname.machine_name(scope) == name
+
+
+@pytest.mark.parametrize(
+    ("domain", "unit", "same"),
+    [
+        ("web_01", r"machine-qemu\x2d7\x2dweb01.scope", True),
+        ("web01", r"machine-qemu\x2d7\x2dweb01.scope", True),
+        ("web 01!", r"machine-qemu\x2d7\x2dweb01.scope", True),
+        ("_web--01.", r"machine-qemu\x2d7\x2dweb\x2d01.scope", True),
+        ("w" * 80, rf"machine-qemu\x2d7\x2d{'w' * 57}.scope", True),
+        ("w" * 80, rf"machine-qemu\x2d7\x2d{'w' * 56}.scope", False),
+        ("web_02", r"machine-qemu\x2d7\x2dweb01.scope", False),
+        ("we_b01", "machine-web01.scope", False),
+        ("web_01", "web01.service", False),
+        ("", r"machine-qemu\x2d7\x2dweb01.scope", False),
+    ],
+)
+def test_domain_of_a_scope(domain: str, unit: str, same: bool) -> None:
+    assert unitname.is_domain(domain, unit) == same
