@@ -185,11 +185,10 @@ class BusFace:
     def _count(self, name: str, unit: Unit | None) -> None:
         """Count a unit as what it is now. To count all of them at each change takes too long with thousands."""
         self._counts.subtract(self._counted.pop(name, ()))
-        if unit is not None:
+        if unit is not None and (unit.configured or unit.state in FAILURES):
             kinds = {"configured": bool(unit.configured), "failed": unit.state in FAILURES}
-            if any(kinds.values()):
-                self._counted[name] = tuple(kind for kind, so in kinds.items() if so)
-                self._counts.update(self._counted[name])
+            self._counted[name] = tuple(kind for kind, so in kinds.items() if so)
+            self._counts.update(self._counted[name])
 
     def unit_changed(self, unit: Unit) -> None:
         """Tell what changed of a unit, if it is not new."""
@@ -520,13 +519,22 @@ class BusFace:
         def answer(unit: Unit) -> None:
             rows = [(str(c.kind), c.path, c.line, c.value, c.verdict) for c in unit.decision.candidates]
             rows += [("problem", each.path, each.line, "", each.message) for each in unit.decision.problems]
-            effective = unit.effective
-            if effective.cgroup and effective.cgroup != unit.facts.cgroup:
-                verdict = f"effective: stricter than the unit's own, by {effective.cgroup}"
-                rows.append(("cgroup", effective.cgroup, 0, str(effective.action), verdict))
+            rows += self._stricter(unit)
             reply(invocation, GLib.Variant("(a(ssuss))", (rows,)))
 
         self._with_unit(invocation, name, answer)
+
+    def _stricter(self, unit: Unit) -> list[tuple[str, str, int, str, str]]:
+        """Return a row of Explain for each cgroup above a unit's whose own value is stricter than the unit's."""
+        effective = unit.effective
+        rows = []
+        for cgroup, action in self._reconciler.tree.above(unit.facts.cgroup):
+            if cgroup == effective.cgroup:
+                verdict = f"effective: stricter than the unit's own, by {cgroup}"
+            else:
+                verdict = f"stricter than the unit's own, but {effective.cgroup} decides"
+            rows.append(("cgroup", cgroup, 0, str(action), verdict))
+        return rows
 
     def _reload(self, invocation: Any) -> None:
         self._authorized(invocation, "reload", "", "", lambda: self._refresh(lambda: reply(invocation, None)))

@@ -177,6 +177,19 @@ class CgroupTree:
         action = strictest(value for _, value in values)
         return Effective(action, next((name for name, value in values if value == action), ""))
 
+    def above(self, cgroup: str) -> list[tuple[str, Action]]:
+        """Return the cgroups above one whose own value is stricter than its own, nearest first, with their values."""
+        found = []
+        own = Action.CONTINUE
+        with contextlib.suppress(UserError):
+            own = self.read_action(cgroup) or own
+        while (cgroup := cgroup.rpartition("/")[0]).strip("/"):
+            with contextlib.suppress(UserError):
+                action = self.read_action(cgroup)
+                if action is not None and action.strictness > own.strictness:
+                    found.append((cgroup, action))
+        return found
+
     def events(self, cgroup: str) -> Events:
         """Return a cgroup's loss counters, zeros where there are none."""
         try:

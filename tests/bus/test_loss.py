@@ -114,3 +114,37 @@ def test_storm_is_reported_whole_in_few_signals(world: World, tracefs: Tracefs) 
     (signal,) = losses(listener, 1)
     assert signal.values[4] == 400
     assert signal.values[5]["Positions"] == [page * 4096 for page in range(64)]
+
+
+def test_a_storm_in_many_files_is_told_of_together(world: World, tracefs: Tracefs) -> None:
+    """The first file at once, the others a second later in one signal, with their number and all their pages."""
+    world.service("web.service", KILL)
+    world.start()
+    cgroup_id = world.unit("web.service")["ControlGroupId"]
+    listener = world.nobody()
+    for file in range(20):
+        tracefs.lose(*(
+            f"pfn=0x{file}{page} dev=8:1 ino={file} pos={page * 4096} cgroup_id={cgroup_id} action=kill"
+            for page in range(3)
+        ))
+    first, rest = (signal.values for signal in losses(listener, 2))
+    assert (first[4], first[5]["Inode"], first[5].get("Files")) == (3, 0, None)
+    assert (rest[4], rest[5]["Inode"], rest[5]["Files"]) == (57, 1, 19)
+
+
+def test_what_the_kernel_counted_and_nobody_saw_is_told_of_once(world: World, tracefs: Tracefs) -> None:
+    world.service("web.service", KILL)
+    for cgroup in ("/system.slice", WEB):
+        (world.tree.path(cgroup) / "memory.events").write_text("failure_dirty 7\nfailure_dirty_kill 1\n")
+    listener = world.nobody()
+    world.start()
+    (signal,) = losses(listener, 1)
+    assert signal.values[:2] == ("web.service", WEB)
+    assert signal.values[4] == 7
+    assert "Inode" not in signal.values[5]
+    # Another daemon knows of those, and of one that has come since.
+    world.kill()
+    for cgroup in ("/system.slice", WEB):
+        (world.tree.path(cgroup) / "memory.events").write_text("failure_dirty 8\nfailure_dirty_kill 1\n")
+    world.start()
+    assert losses(listener, 2)[1].values[4] == 1

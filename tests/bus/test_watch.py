@@ -223,6 +223,20 @@ def test_stricter_ancestor_shows(world: World) -> None:
     assert (kind, path, value) == ("cgroup", "/system.slice", "panic")
 
 
+def test_explain_names_every_stricter_cgroup_above(world: World) -> None:
+    cgroup = "/system.slice/a.slice/web.service"
+    world.tree.make(cgroup)
+    world.systemd.add("web.service", cgroup=cgroup, fragment=world.write_fragment("web.service", CONTINUE))
+    world.start()
+    world.tree.say("/system.slice", "panic")
+    world.tree.say("/system.slice/a.slice", "kill")
+    world.root_client.call("Reload")
+    assert [row for row in world.root_client.call("Explain", "(s)", "web.service") if row[0] == "cgroup"] == [
+        ("cgroup", "/system.slice/a.slice", 0, "kill", "stricter than the unit's own, but /system.slice decides"),
+        ("cgroup", "/system.slice", 0, "panic", "effective: stricter than the unit's own, by /system.slice"),
+    ]
+
+
 def test_explain_names_every_place(world: World) -> None:
     world.service("web.service", KILL)
     first = world.write_drop_in("web.service", "10-a.conf", b"\n\n" + drop_in("panic"))

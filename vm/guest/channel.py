@@ -106,9 +106,16 @@ def main() -> None:
     with selectors.DefaultSelector() as selector:
         for stream in streams.values():
             selector.register(stream.fifo, selectors.EVENT_READ, stream)
-        selector.register(os.pidfd_open(command.pid), selectors.EVENT_READ)
+        ended = os.pidfd_open(command.pid)
+        selector.register(ended, selectors.EVENT_READ)
         while command.poll() is None:
             for key, _ in selector.select():
+                if key.data:
+                    key.data.pump()
+        selector.unregister(ended)
+        # A restart of the system bus ends systemctl --wait, and not the command.
+        while systemctl("show", "-P", "ActiveState", COMMAND).stdout.strip() in ("active", "deactivating"):
+            for key, _ in selector.select(0.2):
                 if key.data:
                     key.data.pump()
     for stream in streams.values():

@@ -11,11 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+from gi.repository import Gio, GLib
+
+from cgpolicy.unitname import bus_label_escape
 from tests.vm.guest.scene import CGROUPS, POLICY_FILE, RUNTIME, main_pid, must, run, setting, tell, wait_for, write
 
 SHOW = ["systemctl", "show", "--property=Id,FragmentPath,DropInPaths,ControlGroup", "*"]
 MANAGER = ("org.cgpolicy1", "/org/cgpolicy1", "org.cgpolicy1.Manager")
 IDLE_SECONDS = 60
+CALLS = 500
 
 
 def timed(*words: str) -> float:
@@ -63,6 +67,15 @@ def switches() -> dict[str, int]:
     return found
 
 
+def ask(unit: str, count: int) -> None:
+    """Read all properties of a unit so many times."""
+    bus = Gio.bus_get_sync(Gio.BusType.SYSTEM, None)
+    path = f"{MANAGER[1]}/unit/{bus_label_escape(unit)}"
+    which = GLib.Variant("(s)", ("org.cgpolicy1.Unit",))
+    for _ in range(count):
+        bus.call_sync(MANAGER[0], path, "org.freedesktop.DBus.Properties", "GetAll", which, None, 0, -1, None)
+
+
 def later(seconds: float) -> int:
     """Return how often the daemon was awake during some seconds."""
     before = switches()
@@ -97,7 +110,7 @@ def main(count: int) -> None:
     before = time.monotonic()
     must("systemctl", "daemon-reload")
     reload = time.monotonic() - before
-    wait_for(lambda: value(special[0]) == value(special[-1]) == "panic", show * 2)
+    wait_for(lambda: all(value(unit) == "panic" for unit in special), show * 2)
     in_step = time.monotonic() - before
     tell(
         step="reloaded", show=show, reload=reload, in_step=in_step,
@@ -107,6 +120,10 @@ def main(count: int) -> None:
     must("busctl", "--timeout=600", "call", *MANAGER, "ListUnits", "as", "0")
     must("busctl", "--timeout=600", "call", *MANAGER, "Reload")
     tell(step="listed", memory=memory())
+    ask(special[0], 100)
+    before_calls = memory()["VmRSS"]
+    ask(special[0], CALLS)
+    tell(step="asked", calls=CALLS, growth=memory()["VmRSS"] - before_calls)
 
     # What systemd and the daemon still have to do for each other is done once both have answered.
     wait_for(lambda: later(1) == 0)

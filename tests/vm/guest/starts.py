@@ -6,6 +6,7 @@ The services' main process is first.c, whose first system call opens its own cgr
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -57,8 +58,9 @@ class Clock:
 
     def define(self, probe: str) -> None:
         # To truncate that file is to remove everybody's probes.
-        with open(TRACING / "kprobe_events", "a") as file:
-            file.write(f"{probe}\n")
+        descriptor = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(descriptor, f"{probe}\n".encode())
+        os.close(descriptor)
 
     def read(self) -> tuple[dict[str, float], list[float]]:
         """Return when each cgroup was made, and when policies were written."""

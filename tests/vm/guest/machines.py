@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain of libvirt, started under one number after another; print what policy each run has, and lose its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.vm.guest.cases import BUS, PATH, call, properties
+from tests.vm.guest.scene import becomes, main_pid, must, run, setting, tell, wait_for, write
+from tests.vm.guest.storm import LOSS_ID, POISON, page_frames, poison, records
+
+NAME = "web01"
+UUID = "f7f2a1d0-0c51-4b9e-9d0b-9a8a3c1f2e4d"
+DISK = Path("/var/lib/libvirt/images/web01.img")
+DOMAIN = f"""<domain type='qemu'>
+  <name>{NAME}</name>
+  <uuid>{UUID}</uuid>
+  <memory unit='MiB'>32</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='pc'>hvm</type></os>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='writeback'/>
+      <source file='{DISK}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+"""
+
+
+def rule(machine: str, action: str) -> None:
+    call(PATH, f"{BUS}.Manager", "SetMachinePolicy", "sst", machine, action, "0")
+
+
+def start(step: str, wanted: str) -> str:
+    """Start the domain; tell its scope's policy, and return the scope's name."""
+    must("virsh", "start", NAME)
+    scopes = must("systemctl", "list-units", "--plain", "--no-legend", "--type=scope", r"machine-qemu*").split()
+    scope = next(word for word in scopes if word.endswith(".scope"))
+    value = becomes(scope, wanted)
+    wait_for(lambda: properties(scope)["MemoryFailureDirtyAction"] == wanted)
+    tell(step=step, scope=scope, value=value, **properties(scope))
+    return scope
+
+
+def stop(scope: str) -> None:
+    must("virsh", "destroy", NAME)
+    wait_for(lambda: run("systemctl", "is-active", "--quiet", scope)[0] != 0)
+
+
+def lose(scope: str) -> None:
+    """Have QEMU write to its disk as its guest would, and lose that."""
+    invocation = must("systemctl", "show", "-P", "InvocationID", scope).strip()
+    node = "libvirt-1-format" if "libvirt-1-format" in nodes() else "libvirt-1-storage"
+    must("virsh", "qemu-monitor-command", NAME, "--hmp", f'qemu-io {node} "write -P 7 0 16k"')
+    poison(page_frames(DISK)[:1])
+    wait_for(lambda: must("virsh", "domstate", NAME).strip() == "shut off")
+    wait_for(lambda: len(records(scope, LOSS_ID)) > 0)
+    (record,) = records(scope, LOSS_ID)
+    tell(
+        step="lost", state=must("virsh", "domstate", NAME).strip(), cgroup=record.get("CGPOLICY_CGROUP", ""),
+        action=record["CGPOLICY_ACTION"], invocation=[record.get("INVOCATION_ID", ""), invocation],
+    )
+
+
+def nodes() -> str:
+    return must("virsh", "qemu-monitor-command", NAME, '{"execute": "query-named-block-nodes"}')
+
+
+def broker() -> None:
+    """Restart the bus once more: in this guest it is dbus-broker's."""
+    before = main_pid("cgpolicyd")
+    must("systemctl", "restart", "dbus.service")
+    write(Path("/etc/systemd/system/noise.service"), "[Service]\nExecStart=/bin/sleep infinity\n" + setting("kill"))
+    must("systemctl", "daemon-reload")
+    must("systemctl", "start", "noise.service")
+    after = becomes("noise.service", "kill")
+    wait_for(lambda: run("busctl", "status", BUS)[0] == 0)
+    unit = must("systemctl", "show", "-P", "Id", "dbus.service").strip()
+    tell(step="broker", unit=unit, after=after, again=main_pid("cgpolicyd") != before)
+
+
+def main() -> None:
+    if not POISON.exists():
+        must("mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug")
+    Path("/proc/sys/vm/dirty_writeback_centisecs").write_text("0")  # or the page is clean by then
+    DISK.parent.mkdir(parents=True, exist_ok=True)
+    with open(DISK, "wb") as file:
+        file.truncate(1 << 20)
+    write(Path("/run/web01.xml"), DOMAIN)
+    must("systemctl", "start", "libvirtd.service")
+    must("virsh", "define", "/run/web01.xml")
+    rule(NAME, "kill")
+    stop(start("first", "kill"))
+    stop(start("second", "kill"))
+    rule(NAME, "continue")
+    rule(UUID, "kill")
+    scope = start("by uuid", "kill")
+    lose(scope)
+    broker()
+
+
+main()
