@@ -142,11 +142,10 @@ def panic(guests: Guests, name: str, path: str) -> dict[str, Any]:
     return {"variant": name, "path": path, "outcome": outcome}
 
 
-def compare(guests: Guests, names: Sequence[str], pages: int, *, quick: bool, panics: bool) -> dict[str, Any]:
+def compare(guests: Guests, plans: dict[str, Plan], pages: int, *, panics: bool) -> dict[str, Any]:
     """Run all that was asked for, one machine after another, and return what they said."""
     results: dict[str, Any] = {"guests": {}, "events": [], "storms": [], "panics": [], "failures": []}
-    for name in names:
-        plan = QUICK if quick else VARIANTS[name].plan
+    for name, plan in plans.items():
         storm = pages if VARIANTS[name].storms else 0
         progress(f"{name}: {sum(number for *_, number in plan)} events, a storm of {storm} pages")
         status, said, stderr = guests.run(VARIANTS[name], {"events": plan, "storm": storm, "panic": None})
@@ -167,6 +166,10 @@ def compare(guests: Guests, names: Sequence[str], pages: int, *, quick: bool, pa
     return results
 
 
+def at_most(events: int, plan: Plan) -> Plan:
+    return [(path, action, injection, min(number, events)) for path, action, injection, number in plan]
+
+
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the results of several runs as one."""
     lists = ("events", "storms", "panics", "failures")
@@ -180,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="20 events a variant, no storm unless told, no panic")
+    parser.add_argument("--events", type=int, metavar="N", default=200, help="of a kind at most")
     parser.add_argument("--storm", type=int, metavar="PAGES", help=f"instead of {STORM_PAGES}; 0: none")
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="virtual CPUs (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print all that was seen, and the figures, as JSON")
@@ -192,11 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = options.variants.split(",")
         if unknown := set(names) - set(VARIANTS):
             parser.error(f"no such variant: {', '.join(sorted(unknown))}")
+        plans = {name: at_most(options.events, QUICK if options.quick else VARIANTS[name].plan) for name in names}
         storm = options.storm if options.storm is not None else 0 if options.quick else STORM_PAGES
         with tempfile.TemporaryDirectory(prefix="compare-") as share:
             compile_programs(Path(share))
             panics = not options.quick and not options.no_panics
             guests = Guests(Path(share), options.smp)
-            results = compare(guests, names, storm, quick=options.quick, panics=panics)
+            results = compare(guests, plans, storm, panics=panics)
     print(json.dumps(as_objects(results)) if options.json else report(results), end="\n" if options.json else "")
     return 1 if results["failures"] else 0

@@ -55,7 +55,7 @@ def base(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def told(guest: Guest, base: str, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What the guest told, by step."""
-    cases = "all" if is_full() else "some"
+    cases = "all" if is_full() else str(2 * list(RELEASES).index(base))  # other cases on each kernel's paths
     done = late(guest, base, tmp_path_factory.mktemp(base), "main", cases, str(ROUNDS), str(STORM_PAGES))
     return by_step(done)
 
@@ -84,9 +84,9 @@ def test_status_says_in_one_line_what_this_kernel_can_do(told: Told, base: str) 
 def test_every_action_on_every_path(told: Told) -> None:
     """Each loss is its unit's, with the page that it was; the unit does what it is set to, and no other does."""
     cases = told["loss"]
-    # 6 paths, 2 injections, 3 actions, or 2 cases a path; a cgroup below the unit's; what ends the negatives.
-    assert len(cases) == 6 * scaled(2, 2 * 3) + 2
-    assert {(case["injection"], case["action"]) for case in cases} >= {("srao", "kill"), ("srao", "panic")}
+    # 6 paths, 2 injections, 3 actions; a cgroup below the unit's; what ends the negatives.
+    assert len(cases) == 6 * scaled(1, 2 * 3) + 2
+    assert len({(case["injection"], case["action"]) for case in cases}) == 2 * 3
     for case in cases:
         loss, record, action = case["loss"], case["record"], case["action"]
         where = f"{case['path']} {case['injection']} {action}"
