@@ -18,6 +18,13 @@ from gi.repository import Gio, GLib, GObject
 # The values of the answer, or None and the name of the error.
 Done = Callable[[tuple[Any, ...] | None, str], None]
 
+
+class _Error(ctypes.Structure):
+    """GError (glib/gerror.h)."""
+
+    _fields_ = (("domain", ctypes.c_uint32), ("code", ctypes.c_int), ("message", ctypes.c_char_p))
+
+
 _gio = ctypes.CDLL("libgio-2.0.so.0")
 _AsyncReadyCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 _gio.g_dbus_connection_send_message_with_reply.argtypes = [
@@ -25,6 +32,11 @@ _gio.g_dbus_connection_send_message_with_reply.argtypes = [
     _AsyncReadyCallback, ctypes.c_void_p,
 ]
 _gio.g_dbus_connection_send_message_with_reply.restype = None
+_gio.g_dbus_connection_send_message_with_reply_finish.argtypes = [
+    ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.POINTER(_Error)),
+]
+_gio.g_dbus_connection_send_message_with_reply_finish.restype = ctypes.c_void_p
+_gio.g_object_unref.argtypes = [ctypes.c_void_p]
 _gio.g_list_store_append.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 _gio.g_list_store_append.restype = None
 
@@ -32,11 +44,13 @@ _glib = ctypes.CDLL("libglib-2.0.so.0")
 _SourceFunc = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 _glib.g_timeout_add.argtypes = [ctypes.c_uint, _SourceFunc, ctypes.c_void_p]
 _glib.g_timeout_add.restype = ctypes.c_uint
+_glib.g_error_free.argtypes = [ctypes.POINTER(_Error)]
+_glib.g_error_free.restype = None
 
 _numbers = itertools.count(1)
 _timers: dict[int, tuple[Callable[[], bool], int]] = {}
-_under_way: dict[int, tuple[Any, Done]] = {}
-_finished = Gio.ListStore.new(GObject.Object)  # where PyGObject can take over what C hands to the callback
+_under_way: dict[int, Done] = {}
+_finished = Gio.ListStore.new(GObject.Object)  # where PyGObject can take over what C has
 
 
 def address(thing: Any) -> int:
@@ -55,22 +69,25 @@ def call(
     if arguments is not None:
         message.set_body(arguments)
     number = next(_numbers)
-    _under_way[number] = connection, done
+    _under_way[number] = done
     _gio.g_dbus_connection_send_message_with_reply(
         address(connection), address(message), 0, timeout_ms, None, None, _ready, number
     )
 
 
 def _answered(source: int, result: int, number: int) -> None:
-    connection, done = _under_way.pop(number)
-    _gio.g_list_store_append(address(_finished), result)
-    task = _finished.get_item(0)
-    _finished.remove_all()
-    try:
-        reply = connection.send_message_with_reply_finish(task)
-    except GLib.Error as error:  # no answer in time, or the connection is gone
-        done(None, error.message)
+    done = _under_way.pop(number)
+    error = ctypes.POINTER(_Error)()
+    answer = _gio.g_dbus_connection_send_message_with_reply_finish(source, result, ctypes.byref(error))
+    if not answer:  # in time, or the connection is gone
+        message = error.contents.message.decode()
+        _glib.g_error_free(error)
+        done(None, message)
         return
+    _gio.g_list_store_append(address(_finished), answer)
+    _gio.g_object_unref(answer)
+    reply = _finished.get_item(0)
+    _finished.remove_all()
     if reply.get_message_type() == Gio.DBusMessageType.ERROR:
         done(None, reply.get_error_name())
         return
