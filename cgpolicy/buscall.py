@@ -20,12 +20,19 @@ from typing import Any
 
 from gi.repository import Gio, GLib
 
-from cgpolicy.rawglib import address, function, gio, glib, wrapped
+from cgpolicy.rawglib import address, function, gio, glib, object_unref, wrapped
 
 PROPERTIES = "org.freedesktop.DBus.Properties"
 
 # The values of the answer, or None and the name of the error.
 Done = Callable[[tuple[Any, ...] | None, str], None]
+
+
+class _Error(ctypes.Structure):
+    """GError (glib/gerror.h)."""
+
+    _fields_ = (("domain", ctypes.c_uint32), ("code", c_int), ("message", c_char_p))
+
 
 _Ready = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p)  # GAsyncReadyCallback
 _SourceFunc = ctypes.CFUNCTYPE(c_int, c_void_p)
@@ -34,6 +41,11 @@ _send = function(
     gio, "g_dbus_connection_send_message_with_reply", None,
     c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, _Ready, c_void_p,
 )
+_send_finish = function(
+    gio, "g_dbus_connection_send_message_with_reply_finish", c_void_p,
+    c_void_p, c_void_p, ctypes.POINTER(ctypes.POINTER(_Error)),
+)
+_error_free = function(glib, "g_error_free", None, ctypes.POINTER(_Error))
 _call = function(
     gio, "g_dbus_connection_call", None,
     c_void_p, c_char_p, c_char_p, c_char_p, c_char_p, c_void_p, c_void_p, c_uint, c_int, c_void_p, _Ready, c_void_p,
@@ -87,12 +99,16 @@ def call(
     if arguments is not None:
         message.set_body(arguments)
 
-    def answered(_: int, result: int) -> None:
-        try:
-            reply = connection.send_message_with_reply_finish(wrapped(result))
-        except GLib.Error as error:  # no answer in time, or the connection is gone
-            done(None, error.message)
+    def answered(source: int, result: int) -> None:
+        error = ctypes.POINTER(_Error)()
+        answer = _send_finish(source, result, ctypes.byref(error))
+        if not answer:  # in time, or the connection is gone
+            said = error.contents.message.decode()
+            _error_free(error)
+            done(None, said)
             return
+        reply = wrapped(answer)
+        object_unref(answer)
         if reply.get_message_type() == Gio.DBusMessageType.ERROR:
             done(None, reply.get_error_name())
             return

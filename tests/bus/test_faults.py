@@ -140,7 +140,7 @@ def test_killed_at_any_system_call(world: World, change: Change) -> None:
         assert change.said(world) in (old, new), f"step {step}: {file!r} and {value} before the restart"
         assert change.said(world)[0] == file
     # It was killed before the file was new, and after; otherwise nothing was seen.
-    assert step > 8 and {(False, False), (True, True)} <= seen
+    assert step > 4 and {(False, False), (True, True)} <= seen
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS, errno.EIO] if is_full() else [errno.ENOSPC])
