@@ -120,15 +120,16 @@ def find_drop_ins(unit: str, root: Path = Path("/")) -> tuple[str, ...]:
     until the scope has been started.
     """
     found: dict[str, str] = {}
+    base = str(root).rstrip("/")
     for directory in dropin.directories(unit):
-        path = root / directory
+        path = f"{base}/{directory}"
         try:
             entries = os.listdir(path)
         except OSError:
             continue
         for entry in entries:
             if entry.endswith(".conf"):
-                found.setdefault(entry, str(path / entry))
+                found.setdefault(entry, f"{path}/{entry}")
     return tuple(found[entry] for entry in sorted(found, key=os.fsencode))
 
 

@@ -143,7 +143,7 @@ def test_storm(told: Steps) -> None:
 
 
 def test_losses_while_the_daemon_is_gone(told: Steps) -> None:
-    """Three pages after kill -9 and two after a stop: none is forgotten, none told of twice, no counter starts anew."""
+    """Three pages after kill -9 and two after a stop: none is forgotten or told of twice, no counter starts anew."""
     seen = told["restarts"]
     assert (seen["signalled"], seen["kernel"], seen["shown"]) == (5, 5, 5)
     assert seen["unseen"] in ([2], [3, 2])  # the trace buffer may still have the first three
