@@ -120,8 +120,9 @@ def find_drop_ins(unit: str, root: Path = Path("/")) -> tuple[str, ...]:
     millisecond after that has appeared, and PID 1 answers nothing until the scope has been started.
     """
     found: dict[str, str] = {}
+    base = str(root).rstrip("/")
     for directory in directories(unit):
-        path = str(root / directory)
+        path = f"{base}/{directory}"
         try:
             entries = os.listdir(path)
         except OSError:

@@ -143,8 +143,10 @@ def test_storm(told: Steps) -> None:
 
 
 def test_losses_while_the_daemon_is_gone(told: Steps) -> None:
-    """After kill -9 the trace buffer still has them; after a stop memory.events does. None is told of twice."""
-    assert told["restarts"] == {"signalled": 5, "unseen": [2], "kernel": 5, "shown": 5}
+    """Three pages after kill -9 and two after a stop: none is forgotten or told of twice, no counter starts anew."""
+    seen = told["restarts"]
+    assert (seen["signalled"], seen["kernel"], seen["shown"]) == (5, 5, 5)
+    assert seen["unseen"] in ([2], [3, 2])  # the trace buffer may still have the first three
 
 
 def test_below_a_unit(told: Steps) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.vm.guest.cases import BUS, PATH, call, properties
+from tests.vm.guest.cases import BUS, PATH, properties
 from tests.vm.guest.scene import becomes, main_pid, must, run, setting, tell, wait_for, write
 from tests.vm.guest.storm import LOSS_ID, POISON, page_frames, poison, records
 
@@ -32,7 +32,7 @@ DOMAIN = f"""<domain type='qemu'>
 
 
 def rule(machine: str, action: str) -> None:
-    call(PATH, f"{BUS}.Manager", "SetMachinePolicy", "sst", machine, action, "0")
+    must("busctl", "call", BUS, PATH, f"{BUS}.Manager", "SetMachinePolicy", "sst", machine, action, "0")
 
 
 def start(step: str, wanted: str) -> str:
