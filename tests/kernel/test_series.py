@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.conftest import BASES, SERIES, run, source
-from vm.host import install_packages
-from vm.kernel import HOST_PACKAGES, fragments, made_against
+from vm import kernel
+from vm.debian import Archive, NotOffered
+from vm.host import HarnessError, install_packages
+from vm.kernel import HOST_PACKAGES, Source, built_part, fragments, made_against
 
 # What is left out of the guest's configuration, and the objects in which that makes a difference.
 OBJECTS = {
@@ -87,6 +89,57 @@ def test_bases_are_in_step() -> None:
     """Both bases get the same patches."""
     first, *others = ([patch.name for patch in SERIES[base]] for base in BASES)
     assert all(names == first for names in others)
+
+
+def test_what_is_not_built_does_not_count(tmp_path: Path) -> None:
+    """Messages, documentation and selftests of the series change nothing about the kernel in the cache."""
+    patch = SERIES["v6.12"][4]
+    assert "a/Documentation/" in patch.read_text()
+    changed = tmp_path / patch.name
+    changed.write_text(patch.read_text().replace("Anonymous memory", "Other memory").replace("Subject:", "Subject: a"))
+    assert built_part(changed) == built_part(patch) != ""
+    changed.write_text(patch.read_text().replace("READ_ONCE", "WRITE_ONCE"))
+    assert built_part(changed) != built_part(patch)
+    assert [built_part(patch) for patch in SERIES["v6.12"][-2:]] == ["", ""]
+
+
+def test_series_that_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base without a source says so, and a base without a series says what there is instead."""
+
+    def nothing(package: str, base: str) -> Archive:
+        raise NotOffered(f"no {package} of {base} is to be had any more: sid: 8.1.2-1")
+
+    monkeypatch.setattr(kernel, "newest_archive", nothing)
+    with pytest.raises(NotOffered, match="no linux-source of v7 is to be had any more: sid: 8.1.2-1"):
+        kernel.patched("v7")
+    with pytest.raises(HarnessError, match=r"there is no series for v6\.1 "):
+        kernel.patched("v6.1")
+
+
+def test_later_release_is_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A release that the series was not made against gets the same patches: with offsets, but not by guessing."""
+    patch, tree = tmp_path / "v7" / "0001-change.patch", "more\n" * 20 + "one\ntwo\nthree\nfour\nfive\nsix\n"
+    patch.parent.mkdir()
+    hunk = " one\n two\n three\n+new\n four\n five\n six\n"
+    patch.write_text(f"--- a/file\n+++ b/file\n@@ -2,6 +2,7 @@\n{hunk}")
+
+    def unpack(source: Source, scratch: Path, directory: Path, log: Path) -> None:
+        directory.mkdir()
+        (directory / "file").write_text(tree)
+
+    monkeypatch.setattr(kernel, "unpack_source", unpack)
+    monkeypatch.setattr(kernel, "CONFIGURE", ("cp", "file", ".config"))
+    monkeypatch.setattr(kernel, "BUILD", ("false",))
+    later = Source(Archive("sid"), "linux-source-7.9", "7.9.1-1")
+    with pytest.raises(HarnessError, match="^false failed"):
+        kernel.build(tmp_path / "kernel", later, "", [patch])
+    assert "trying it with 7.9.1-1" in capfd.readouterr().err
+    tree = tree.replace("one", "1")
+    with pytest.raises(HarnessError, match="^patch failed") as failure:
+        kernel.build(tmp_path / "kernel", later, "", [patch])
+    assert "0001-change.patch does not apply to linux-source-7.9 7.9.1-1" in str(failure.value.hint)
 
 
 def test_checkpatch(linux: Path, base: str) -> None:
