@@ -229,6 +229,8 @@ class Machine:
             "root=/dev/vda rootfstype=ext4 rw init=/usr/local/lib/cgpolicy-vm/init console=ttyS0 loglevel=5 "
             "panic=-1 mitigations=off net.ifnames=0 random.trust_cpu=on systemd.show_status=no"
         )
+        if self.request.icount:
+            arguments += " nokaslr norandmaps"  # they change how many instructions a walk of a hash or tree takes
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-machine", "q35"]
         command += ["-accel", "kvm" if has_kvm() and not self.request.icount else "tcg,thread=single"]

@@ -138,6 +138,8 @@ def selftests(linux: Path, series: Sequence[Path], programs: Mapping[str, str], 
     for directory in ("tools/testing/selftests", "tools/include", "tools/arch", "include/uapi"):
         shutil.copytree(linux / directory, copy / directory, symlinks=True)
     shutil.copy(linux / "MAINTAINERS", copy)
+    (copy / "mm").mkdir()
+    shutil.copy(linux / "mm/gup_test.h", copy / "mm")  # which the Makefile takes for a prerequisite of all
     for patch in series[-2:]:
         run(["patch", "-p1", "--fuzz=0", "-i", patch], cwd=copy)
     for name, directory in programs.items():
