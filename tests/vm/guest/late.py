@@ -65,7 +65,7 @@ PATHS = (
     ("ext4", "write"), ("ext4", "mmap"), ("vfat", "write"), ("bdev", "write"), ("xfs", "large"), ("ext4", "large")
 )  # fmt: skip
 CASES = [(injection, action) for action in ("continue", "kill", "panic") for injection in ("inject", "srao")]
-STORM_SECONDS = 600.0
+STORM_SECONDS = 300.0
 REACTOR = "/usr/lib/cgpolicy/cgpolicy-reactor"
 LOSS_ID = "6935ae465d074405a4cc4710e737d4de"  # as cgpolicy.catalog has it
 
@@ -116,7 +116,8 @@ class Monitor:
                     found.append(said)
             self._said = []
             if sum(loss["pages"] for loss in found) < pages and not self._fill(max(deadline - time.monotonic(), 0)):
-                raise SystemExit(f"{unit}: of {pages} lost pages only these were reported: {found}")
+                where = unit or f"device {device}"
+                raise SystemExit(f"{where}: of {pages} lost pages only these were reported: {str(found)[:4000]}")
         return found
 
     def close(self) -> None:
@@ -399,10 +400,14 @@ def storm(monitor: Monitor, pages: int) -> None:
         for pfn in frames:
             file_.write(f"{pfn}\n")
     seconds = time.monotonic() - began
-    reports = monitor.losses("continues.service", pages, STORM_SECONDS)
+    device = os.stat(path).st_dev
+    reports = monitor.losses("", pages, STORM_SECONDS, [os.major(device), os.minor(device)])
+    reported: dict[str, int] = {}
+    for loss in reports:
+        reported[loss["unit"]] = reported.get(loss["unit"], 0) + loss["pages"]
     tell(
-        step="storm", pages=pages, reported=sum(loss["pages"] for loss in reports), reports=len(reports),
-        seconds=round(seconds, 1), told=round(time.monotonic() - began, 1), before=before, after=memory("VmRSS"),
+        step="storm", pages=pages, reported=reported, reports=len(reports), seconds=round(seconds, 1),
+        told=round(time.monotonic() - began, 1), before=before, after=memory("VmRSS"),
         missed="events were lost" in must("journalctl", "-o", "cat", "-t", "cgpolicyd"),
     )  # fmt: skip
     process.end()
