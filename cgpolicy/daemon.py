@@ -89,7 +89,10 @@ class Daemon:
         self.tree = self.choose_backend(root)
         self.files = PolicyFiles(root)
         self.cgroups = CgroupWatch(self.tree)
-        self.watch = SystemdWatch(self.bus, loaded=self.unit_loaded, removed=self.unit_removed, refresh=self.refresh)
+        self.watch = SystemdWatch(
+            self.bus, loaded=self.unit_loaded, removed=self.unit_removed, reloads=self.systemd_reloads,
+            refresh=self.refresh,
+        )
         self.machines = MachineWatch(self.bus, self.machine_changed)
         self.reconciler = Reconciler(
             self.tree, self.files, machine_uuid=self.machines.uuid, machine_registered=self.machines.name
@@ -257,6 +260,12 @@ class Daemon:
 
     def unit_loaded(self, facts: UnitFacts) -> None:
         self.reconciler.load(facts)
+
+    def systemd_reloads(self, begins: bool) -> None:
+        if begins:
+            self.reconciler.systemd_reloads()
+        else:
+            self.reconciler.systemd_reloaded()
 
     def unit_removed(self, name: str) -> None:
         self.machines.forget(name)

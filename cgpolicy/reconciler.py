@@ -125,6 +125,7 @@ class Reconciler:
     supported: bool = True
     _created: dict[str, str] = field(default_factory=dict)
     _ahead: dict[str, str] = field(default_factory=dict)  # drop-ins of ours that PID 1 has not read yet, by unit
+    _superseded: dict[str, str] = field(default_factory=dict)  # those of _ahead that it is reading just now
     _kept: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _owners: OrderedDict[int, Owner] = field(default_factory=OrderedDict)
 
@@ -241,10 +242,23 @@ class Reconciler:
         """Let a drop-in count that was just written, of which PID 1 will know only when it has reloaded."""
         if name in self.units:
             facts = self.units[name].facts
+            if self._ahead.get(name) != path:
+                self._ahead.pop(name, None)
             if path not in facts.files:
                 self._ahead[name] = path
                 self.units[name].facts = replace(facts, files=with_drop_in(facts.files, path))
             self.reread(name)
+
+    def systemd_reloads(self) -> None:
+        """Note that PID 1 begins to read all files: what is there now it will know."""
+        self._superseded = dict(self._ahead)
+
+    def systemd_reloaded(self) -> None:
+        """Let PID 1 have the last word about the drop-ins that were there when it began to read."""
+        for name, path in self._superseded.items():
+            if self._ahead.get(name) == path:
+                del self._ahead[name]
+        self._superseded = {}
 
     def expect_drop_in(self, name: str, path: str) -> None:
         """Let a drop-in count that an earlier process wrote and of which PID 1 does not know yet."""

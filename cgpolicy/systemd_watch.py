@@ -37,17 +37,18 @@ NOTHING: Mapping[str, object] = MappingProxyType({})
 class SystemdWatch:
     """Tells of units that are loaded, changed or gone.
 
-    loaded: a unit's facts are new or may have changed. removed: PID 1 has unloaded it. refresh: everything has
-    to be read again (systemd reloaded, or was executed anew).
+    loaded: a unit's facts are new or may have changed. removed: PID 1 has unloaded it. reloads: it begins (True) to
+    read all files, or has. refresh: everything has to be read again (it has reloaded, or was executed anew).
     """
 
     def __init__(
         self, bus: Any, *, loaded: Callable[[UnitFacts], None], removed: Callable[[str], None],
-        refresh: Callable[[], None],
+        reloads: Callable[[bool], None], refresh: Callable[[], None],
     ) -> None:
         self._bus = bus
         self._loaded = loaded
         self._removed = removed
+        self._reloads = reloads
         self._refresh = refresh
         self._queue: deque[tuple[Ask, Callable[[Any], None]]] = deque()
         self._under_way = 0
@@ -261,6 +262,7 @@ class SystemdWatch:
     def _systemd_reloading(self, active: bool) -> None:
         # FragmentPath and DropInPaths never appear in PropertiesChanged.
         self._anew += 1
+        self._reloads(active)
         if not active:
             self._refresh()
 

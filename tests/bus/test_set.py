@@ -194,6 +194,41 @@ def test_unset_uncovers_what_was_hidden(world: World, flags: int) -> None:
     assert [signal.values[1] for signal in listener.signals if signal.name == "UnitPolicyChanged"] == ["kill"]
 
 
+def test_what_systemd_ignores_counts_no_longer_once_it_has_reloaded(world: World) -> None:
+    """And what is set after that does: a drop-in that is expected in vain is not in its way."""
+    world.service("web.service", KILL)
+    world.start()
+    find_drop_ins = world.systemd.find_drop_ins
+    world.systemd.find_drop_ins = lambda name: ()  # type: ignore[method-assign]  # of a masked unit
+    world.root_client.call("SetUnitPolicy", "(ssbt)", "web.service", "panic", False, 1)
+    assert world.tree.said(WEB) == "panic"
+    world.systemd.reload()
+    wait(lambda: world.tree.said(WEB) == "kill", "systemd's word to count")
+    world.systemd.find_drop_ins = find_drop_ins  # type: ignore[method-assign]
+    world.root_client.call("SetUnitPolicy", "(ssbt)", "web.service", "continue", False, 0)
+    world.settle()
+    assert world.tree.said(WEB) == "continue"
+
+
+def test_what_lies_elsewhere_by_another_name_does_not_stay(world: World) -> None:
+    """/lib is /usr/lib by now, and systemd may call it by the other name than we do."""
+    (world.root / "lib").symlink_to("usr/lib")
+    world.service("web.service")
+    uncovered = world.write_drop_in("web.service", "50-cgpolicy.conf", drop_in("kill"), "usr/lib")
+    world.systemd.find_drop_ins = lambda name: tuple(  # type: ignore[method-assign]
+        [str(path) for path in (world.root / PERSISTENT, uncovered) if path.exists() and name == "web.service"][:1])
+    world.start()
+    for action in ("panic", "continue"):
+        world.root_client.call("SetUnitPolicy", "(ssbt)", "web.service", action, False, 0)
+        world.settle()
+        assert world.tree.said(WEB) == action
+        world.root_client.call("Reload")
+        assert world.tree.said(WEB) == action
+        world.root_client.call("UnsetUnitPolicy", "(sbt)", "web.service", False, 0)
+        world.root_client.call("Reload")
+        assert world.tree.said(WEB) == "kill"
+
+
 def test_drop_in_that_cannot_be_written(world: World) -> None:
     world.service("web.service")
     (world.root / "elsewhere").mkdir()
