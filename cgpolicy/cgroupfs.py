@@ -242,6 +242,18 @@ def unit_of_directory(name: str) -> str:
     return name.removeprefix("_")
 
 
+def is_of_slices(cgroup: str) -> bool:
+    """Tell whether a cgroup is the root's or a slice's that lies in slices only, so that units' are in it."""
+    return all(name.endswith(".slice") for name in cgroup.split("/")[1:])
+
+
+def unit_cgroup(cgroup: str) -> str:
+    """Return the cgroup of the unit in whose this one lies, itself if it is one."""
+    while not is_of_slices(cgroup.rpartition("/")[0]):
+        cgroup = cgroup.rpartition("/")[0]
+    return cgroup
+
+
 IN_MODIFY = 0x2
 IN_CREATE = 0x100
 IN_DELETE = 0x200

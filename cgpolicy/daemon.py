@@ -29,6 +29,8 @@ from cgpolicy.cgroupfs import (
     Overflow,
     Removed,
     Written,
+    is_of_slices,
+    unit_cgroup,
     unit_of_directory,
 )
 from cgpolicy.client import NAME
@@ -50,6 +52,7 @@ from cgpolicy.unitname import ROOT_SLICE, unit_type
 sd_daemon = part("daemon")
 
 SWEEP_SECONDS = 600
+INVOCATION_MS = 50  # until systemd has noted a new run's InvocationID on its cgroup
 CHECK_SECONDS = 2 * WINDOW
 
 
@@ -285,6 +288,8 @@ class Daemon:
         cgroup = unit.facts.cgroup
         if unit.cgroup_id and (unit.decision.action is not None or unit_type(unit.name) == "slice"):
             self.cgroups.add_file(cgroup, POLICY_FILE)
+            if unit_type(unit.name) != "slice":
+                self.watch_below(unit.name, cgroup, cgroup)
         if unit_type(unit.name) != "slice" or not (unit.cgroup_id or unit.name == ROOT_SLICE):
             return
         self.cgroups.add_file(cgroup, CONTROL_FILE)
@@ -295,15 +300,35 @@ class Daemon:
                 if known is None or not known.facts.cgroup:
                     self.reconciler.cgroup_created(cgroup, name)
 
+    def watch_below(self, unit: str, own: str, cgroup: str) -> None:
+        """Learn of the cgroups below a unit's: kill takes them away before a loss of theirs is read."""
+        if self.cgroups.add_children(cgroup):
+            for name in self.tree.children(cgroup):
+                self.reconciler.remember(unit, own, f"{cgroup}/{name}")
+                self.watch_below(unit, own, f"{cgroup}/{name}")
+
+    def made(self, parent: str, name: str) -> None:
+        cgroup = f"{parent}/{name}"
+        if is_of_slices(parent):
+            self.reconciler.cgroup_created(parent, name)
+            if not self.reconciler.remember(unit_of_directory(name), cgroup):
+                buscall.after(INVOCATION_MS, lambda: not self.reconciler.remember(unit_of_directory(name), cgroup))
+            return
+        own = unit_cgroup(cgroup)
+        unit = unit_of_directory(own.rpartition("/")[2])
+        self.reconciler.remember(unit, own, cgroup)
+        self.watch_below(unit, own, cgroup)
+
     @lasting
     def cgroup_changes(self, source: object, condition: object) -> None:
         for change in self.cgroups.read():
             match change:
                 case Made(parent, name):
-                    self.reconciler.cgroup_created(parent, name)
+                    self.made(parent, name)
                 case Removed(parent, name):
                     self.cgroups.drop(f"{parent}/{name}")
-                    self.reconciler.cgroup_removed(parent, name)
+                    if is_of_slices(parent):
+                        self.reconciler.cgroup_removed(parent, name)
                 case Written(cgroup, file) if file == CONTROL_FILE:
                     self.reconciler.controllers_changed(cgroup)
                 case Written(cgroup, _):

@@ -191,6 +191,7 @@ class Reconciler:
         """Apply to a cgroup that has just appeared in a slice, from what is known, without asking anybody."""
         name, cgroup = unit_of_directory(directory), f"{parent}/{directory}"
         self._created[name] = cgroup
+        self.remember(name, cgroup)
         unit = self.units.get(name)
         if unit is not None:
             unit.facts = replace(unit.facts, cgroup=cgroup)
@@ -440,10 +441,23 @@ class Reconciler:
             self.tree.mark(cgroup, wanted)
         return State.APPLIED
 
+    def remember(self, name: str, cgroup: str, below: str = "") -> bool:
+        """Note whose a unit's cgroup is, or one below it; tell whether its InvocationID is known.
+
+        systemd notes that a moment after it has made the cgroup. The cgroup may be gone when a loss of it is read.
+        """
+        number = self.tree.cgroup_id(below or cgroup)
+        invocation = self.tree.invocation_id(cgroup)
+        if number:
+            self._note(number, Owner(name, invocation, below or cgroup))
+        return bool(invocation) or not number
+
     def _remember(self, unit: Unit) -> None:
         # Every time: systemd notes the InvocationID a moment after it has made the cgroup.
-        cgroup = unit.facts.cgroup
-        self._owners[unit.cgroup_id] = Owner(unit.name, self.tree.invocation_id(cgroup), cgroup)
-        self._owners.move_to_end(unit.cgroup_id)
+        self._note(unit.cgroup_id, Owner(unit.name, self.tree.invocation_id(unit.facts.cgroup), unit.facts.cgroup))
+
+    def _note(self, number: int, owner: Owner) -> None:
+        self._owners[number] = owner
+        self._owners.move_to_end(number)
         while len(self._owners) > max(REMEMBERED, 2 * len(self.units)):
             self._owners.popitem(last=False)
