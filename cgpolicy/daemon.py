@@ -211,6 +211,7 @@ class Daemon:
             done = partial(self._refreshed, waiting, list(loaded))
             self.watch.read_all(loaded, done if self.face is not None else partial(self._complete, done))
 
+        self.reconciler.picture_begun()
         self.watch.list_units(listed)
 
     def _complete(self, done: Callable[[list[UnitFacts]], None], units: list[UnitFacts]) -> None:

@@ -128,22 +128,33 @@ class Reconciler:
     _superseded: dict[str, str] = field(default_factory=dict)  # those of _ahead that it is reading just now
     _kept: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _owners: OrderedDict[int, Owner] = field(default_factory=OrderedDict)
+    _newer: set[str] | None = None  # units of which there was news since the picture that is awaited was begun
 
     # What comes in ----------------------------------------------------------------------------
+
+    def picture_begun(self) -> None:
+        """Note that a complete picture is being taken: news that come before it is there are newer than it is."""
+        self._newer = set()
 
     def replace_all(self, units: Iterable[UnitFacts]) -> None:
         """Take a complete picture, as at the start and after systemd has reloaded."""
         self.supported = self.tree.is_supported()
-        fresh = {facts.name: facts for facts in units}
-        for name in [name for name in self.units if name not in fresh]:
+        newer, self._newer = self._newer or set(), None
+        fresh = {facts.name: facts for facts in units if facts.name not in newer}
+        for name in [name for name in self.units if name not in fresh and name not in newer]:
             self.remove(name)
         for facts in fresh.values():
             self._store(self._completed(facts))
         for unit in list(self.units.values()):
             self._settle(unit)
 
+    def _is_news(self, name: str) -> None:
+        if self._newer is not None:
+            self._newer.add(name)
+
     def load(self, facts: UnitFacts) -> None:
         """Take one unit's facts, new or read again."""
+        self._is_news(facts.name)
         if not facts.exists:
             self.remove(facts.name)
             return
@@ -152,6 +163,7 @@ class Reconciler:
 
     def unload(self, name: str) -> None:
         """Note that PID 1 has unloaded a unit; one that can be started again and has been of interest is kept."""
+        self._is_news(name)
         unit = self.units.get(name)
         if unit is None or not self._may_return(unit):
             self.remove(name)
@@ -198,6 +210,7 @@ class Reconciler:
             self._settle(unit)
         elif unit_type(name) == "scope":
             # A transient unit under a name that was never seen: what can be told without PID 1, until it answers.
+            self._is_news(name)
             slice_ = unit_of_directory(parent.rpartition("/")[2]) or ROOT_SLICE
             self._take(UnitFacts(name, "loaded", find_drop_ins(name, self.files.root), slice_, cgroup))
 

@@ -331,6 +331,26 @@ def test_a_scope_never_seen_gets_its_value_before_pid_1_has_spoken(
     assert host.tree.said("/machine.slice/machine-a.scope") == wanted
 
 
+def test_news_of_a_unit_are_newer_than_a_picture_that_was_begun_before(host: Host) -> None:
+    """PID 1's list may be older than what it said of single units before all of them were read."""
+    host.reconciler.replace_all([host.facts("old.service"), host.facts("db.service", "kill")])
+    host.take_reports()
+    host.reconciler.picture_begun()
+    host.reconciler.load(host.facts("new.service", "kill"))
+    host.reconciler.load(host.facts("db.service", "panic"))
+    host.reconciler.unload("old.service")
+    before = host.take_reports()
+    host.reconciler.replace_all([
+        host.facts("old.service"), UnitFacts("db.service", "loaded", (), "system.slice", "/system.slice/db.service")
+    ])
+    assert before[-1] == "removed old.service" and host.take_reports() == []
+    assert {name: unit.configured for name, unit in host.reconciler.units.items()} == {
+        "db.service": "panic", "new.service": "kill"
+    }
+    host.reconciler.replace_all([])
+    assert host.reconciler.units == {}
+
+
 def test_units_that_are_gone_are_forgotten(host: Host) -> None:
     host.reconciler.replace_all([host.facts("web.service", "kill"), host.facts("db.service")])
     host.take_reports()
