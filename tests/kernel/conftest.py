@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,18 +151,31 @@ def selftests(linux: Path, series: Sequence[Path], programs: Mapping[str, str], 
     shutil.rmtree(copy)
 
 
+@pytest.fixture(scope="session")
+def shares(tmp_path_factory: pytest.TempPathFactory, workplace: Path) -> Callable[[str], Path]:
+    """Provide the shared directory of each base: the scripts and the C programs, made once however pytest sorts."""
+
+    @functools.cache
+    def share(base: str) -> Path:
+        path = tmp_path_factory.mktemp("share")
+        target = path / GUEST.relative_to(TREE)
+        shutil.copytree(GUEST, target, ignore=shutil.ignore_patterns("__pycache__"))
+        options = ("-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread")
+        for name in GUEST_PROGRAMS:
+            run(["gcc", *options, "-o", name, f"{name}.c"], cwd=target)
+        programs = {**SELFTESTS, **(OWN_SELFTESTS_OF[base] if is_full() else {})}
+        selftests(unpacked(base, workplace), SERIES[base], programs, target)
+        return path
+
+    return share
+
+
 @pytest.fixture(scope="session", params=KERNELS)
-def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, workplace: Path) -> Guest:
-    """Provide the guest, with the scripts and the C programs in the shared directory."""
+def guest(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shares: Callable[[str], Path]
+) -> Guest:
     base = str(request.param).partition("-")[0]
-    share = tmp_path_factory.mktemp("share")
-    target = share / GUEST.relative_to(TREE)
-    shutil.copytree(GUEST, target, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in GUEST_PROGRAMS:
-        run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", name, f"{name}.c"], cwd=target)
-    programs = {**SELFTESTS, **(OWN_SELFTESTS_OF[base] if is_full() else {})}
-    selftests(unpacked(base, workplace), SERIES[base], programs, target)
-    return Guest(request.param, share, tmp_path_factory.mktemp("console"))
+    return Guest(request.param, shares(base), tmp_path_factory.mktemp("console"))
 
 
 def kernel(item: pytest.Item) -> str:
