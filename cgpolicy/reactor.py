@@ -35,6 +35,7 @@ from cgpolicy.losses import POSITIONS_MAX, FileLoss
 
 MESSAGE_MAX = 65536
 CHECK_SECONDS = 10.0  # between two looks at whether the probes are still there
+TELL_SECONDS = 0.25  # from one time that losses are told of to the next: each message is a record and a signal
 POLICIES_MAX = 32  # taken from the daemon at once: a loss does not wait until it has told all of a large host's
 
 # Files told of one by one, of those that the daemon has not been told of yet, and cgroups beyond them. There are more
@@ -182,6 +183,15 @@ class Outbox:
         self._waiting: list[dict[str, Any]] = []
         self._losses: dict[Key, FileLoss] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._waiting and not self._losses
+
+    @property
+    def is_urgent(self) -> bool:
+        """Tell whether there is something else than losses."""
+        return bool(self._waiting)
+
     def tell(self, message: dict[str, Any]) -> None:
         self._waiting.append(message)
 
@@ -263,6 +273,7 @@ class Service:
         self._trace = -1
         self._refused: list[str] = []
         self._check_at = time.monotonic() + CHECK_SECONDS
+        self._tell_at = 0.0  # when losses may be told of again (time.monotonic())
         self._missed = 0  # events, of which the daemon was told
 
     def run(self) -> None:
@@ -293,13 +304,17 @@ class Service:
 
     def _turn(self) -> bool:
         """Wait for something and see to it; return False when the daemon has gone."""
-        try:
-            waiting = self._outbox.flush()
-        except (BrokenPipeError, ConnectionResetError):
-            return False
-        self._poll.modify(self._channel, select.POLLIN | (select.POLLOUT if waiting else 0))
+        now, full = time.monotonic(), False
+        if self._outbox.is_urgent or (not self._outbox.is_empty and now >= self._tell_at):
+            try:
+                full = self._outbox.flush()
+            except (BrokenPipeError, ConnectionResetError):
+                return False
+            self._tell_at = now + TELL_SECONDS
+        self._poll.modify(self._channel, select.POLLIN | (select.POLLOUT if full else 0))
+        until = self._check_at if self._outbox.is_empty or full else min(self._check_at, self._tell_at)
         # Never less than a millisecond: poll() counts in whole ones.
-        ready = dict(self._poll.poll(max(self._check_at - time.monotonic(), 0.001) * 1000))
+        ready = dict(self._poll.poll(max(until - now, 0.001) * 1000))
         if self._trace in ready:
             self._see_losses()
         if ready.get(self._channel.fileno(), 0) & (select.POLLIN | select.POLLHUP | select.POLLERR):

@@ -378,6 +378,8 @@ def test_the_probes_are_looked_after_although_there_is_always_something_to_do(
     loop.set(1, WEB, "kill")
     assert loop.turn()
     assert loop.probes.armed == 2
+    monkeypatch.setattr(Probes, "fault", "")
+    loop.is_due()
     assert loop.turn()
     assert [next(iter(said)) for said in loop.told()] == ["fault", "armed"]
 
@@ -409,6 +411,37 @@ def test_events_that_were_missed_are_reported_once(loop: Loop) -> None:
     loop.is_due()
     assert loop.turn()
     assert loop.told() == [{"missed": 7}, {"missed": 1}]
+
+
+def test_losses_one_after_the_other_are_told_of_together(loop: Loop) -> None:
+    for _ in range(200):
+        loop.lose(WEB)
+        assert loop.turn()
+    loop.service._check_at = time.monotonic() + 1
+    found = loop.told()
+    assert 1 <= len(found) < 50  # the first at once, and some on a slow machine
+    while sum(message["loss"]["pages"] for message in found) < 200:
+        assert loop.turn()  # comes back when it is time to tell, although nothing happens
+        found += loop.told()
+    assert found[0]["loss"]["pages"] == 1
+    assert loop.service._outbox.is_empty
+
+
+def test_a_daemon_that_does_not_listen_is_waited_for_asleep(loop: Loop) -> None:
+    loop.theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    for number in range(200):
+        loop.service._outbox.tell({"fault": f"{number}"})
+    assert not loop.service._outbox.is_empty
+    loop.service._check_at = time.monotonic() + 0.3
+    used = time.process_time()
+    assert loop.turn()
+    assert time.process_time() - used < 0.2
+    found: list[dict[str, Any]] = []
+    while len(found) < 200:
+        found += loop.told()
+        loop.is_due()  # else it would wait for this very test to listen
+        assert loop.turn()
+    assert [message["fault"] for message in found[:200]] == [f"{number}" for number in range(200)]
 
 
 def test_the_daemons_end_is_the_end(loop: Loop) -> None:

@@ -22,7 +22,7 @@ PANIC = 99
 Told = dict[str, list[dict[str, Any]]]
 
 ROUNDS = scaled(2, 50)
-STORM_PAGES = scaled(2000, 100_000)
+STORM_PAGES = scaled(500, 100_000)
 TIMEOUT = scaled(1200, 7200)
 
 # Of the true panics, the first and no more in a usual run; "large" is P3 where the kernel cannot split it.

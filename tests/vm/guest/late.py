@@ -393,7 +393,8 @@ def storm(monitor: Monitor, pages: int) -> None:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     process = Process(UnitCgroup("continues.service"), partial(dirty_all, path=path, pages=pages))
-    process.hear()
+    while process.hear() != "dirty":
+        pass
     frames = Path("/run/frames").read_text().split()
     before, began = memory("VmRSS"), time.monotonic()
     with open(HWPOISON_INJECT, "w", buffering=1) as file_:
@@ -401,7 +402,7 @@ def storm(monitor: Monitor, pages: int) -> None:
             file_.write(f"{pfn}\n")
     seconds = time.monotonic() - began
     device = os.stat(path).st_dev
-    reports = monitor.losses("", pages, STORM_SECONDS, [os.major(device), os.minor(device)])
+    reports = monitor.losses("", pages, STORM_SECONDS + pages / 20, [os.major(device), os.minor(device)])
     reported: dict[str, int] = {}
     for loss in reports:
         reported[loss["unit"]] = reported.get(loss["unit"], 0) + loss["pages"]
@@ -419,6 +420,8 @@ def dirty_all(process: Process, path: Path, pages: int) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     for page in range(pages):
         os.pwrite(fd, b"B", page * PAGE)
+        if page % 1000 == 0:
+            process.tell("dirtying")  # nobody waits for long without a word
     with mmap.mmap(fd, pages * PAGE) as mapping, open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         for page in range(pages):
             mapping[page * PAGE]
