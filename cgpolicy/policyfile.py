@@ -110,7 +110,11 @@ class PolicyFiles:
         """Yield unit and path of the drop-ins that write_unit() has made, of one unit the one that counts."""
         seen = set()
         for base in (PERSISTENT, RUNTIME):
-            for path in sorted((self.root / base).glob(f"*.d/{DROP_IN}")):
+            try:
+                paths = sorted((self.root / base).glob(f"*.d/{DROP_IN}"))
+            except OSError:  # a directory that cannot be read is no reason not to start
+                continue
+            for path in paths:
                 unit = path.parent.name.removesuffix(".d")
                 try:
                     ours = read_regular(path).startswith(HEADER.encode())
@@ -152,10 +156,12 @@ class PolicyFiles:
         rule = self.machine_rule(name)
         if rule is not None:
             return rule
-        for path in sorted((self.root / MACHINES).glob("*.conf")):
-            if is_domain(path.stem, unit):
-                return self.machine_rule(path.stem)
-        return None
+        try:
+            files = sorted(os.listdir(self.root / MACHINES))
+        except OSError:
+            return None
+        domains = (file.removesuffix(".conf") for file in files if file.endswith(".conf"))
+        return next((self.machine_rule(domain) for domain in domains if is_domain(domain, unit)), None)
 
     def machine_rule(self, machine: str) -> tuple[str, bytes] | None:
         """Return path and content of the rule for a machine's name or UUID, None if there is none."""
