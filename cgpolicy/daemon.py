@@ -312,8 +312,14 @@ class Daemon:
         cgroup = f"{parent}/{name}"
         if is_of_slices(parent):
             self.reconciler.cgroup_created(parent, name)
-            if not self.reconciler.remember(unit_of_directory(name), cgroup):
-                buscall.after(INVOCATION_MS, lambda: not self.reconciler.remember(unit_of_directory(name), cgroup))
+            unit = unit_of_directory(name)
+
+            def again() -> bool:
+                self.reconciler.remember(unit, cgroup)
+                return False  # who has no InvocationID now has none: not every cgroup here is systemd's
+
+            if not self.reconciler.remember(unit, cgroup):
+                buscall.after(INVOCATION_MS, again)
             return
         own = unit_cgroup(cgroup)
         unit = unit_of_directory(own.rpartition("/")[2])

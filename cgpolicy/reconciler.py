@@ -222,9 +222,13 @@ class Reconciler:
         self.cgroup_written(cgroup)
 
     def controllers_changed(self, slice_cgroup: str) -> None:
-        """Look again at the units of a slice whose cgroup.subtree_control was written."""
+        """Look again at the units of a slice whose cgroup.subtree_control was written.
+
+        Only at those with a policy: systemd writes these files of all slices when a unit with Delegate= comes or
+        goes, and whoever starts meanwhile waits for the end of this.
+        """
         for unit in list(self.units.values()):
-            if unit.facts.cgroup.rpartition("/")[0] == slice_cgroup:
+            if unit.decision.action is not None and unit.facts.cgroup.rpartition("/")[0] == slice_cgroup:
                 self._settle(unit)
 
     def cgroup_written(self, cgroup: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Lose many pages, below a unit's cgroup, of a unit that is gone, and while the daemon is; print who was told what."""
+"""Lose pages of a unit that is gone, many at once, below a unit's cgroup; print who was told what."""
 
 from __future__ import annotations
 
@@ -174,11 +174,9 @@ def gone(listener: Listener) -> None:
     tell(step="gone", loaded=loaded, invocation=Path("/run/gone").read_text().strip(), recorded=found)
 
 
-def main(pages: int) -> None:
+def begin() -> Listener:
+    """Have the kernel keep what is dirty, and listen."""
     if not POISON.exists():
         must("mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug")
     Path("/proc/sys/vm/dirty_writeback_centisecs").write_text("0")  # or the pages are clean by then
-    listener = Listener()
-    storm(listener, pages)
-    below(listener)
-    gone(listener)
+    return Listener()
