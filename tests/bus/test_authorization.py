@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from gi.repository import GLib
@@ -246,8 +248,20 @@ def figures(times: list[float]) -> str:
     return f"{len(times)} answers, p50 {p50}, p99 {p99}, max {times[-1] * 1000:.1f} ms"
 
 
-def test_answers_come_in_time_while_a_prompt_is_held(world: World) -> None:
+@pytest.fixture
+def world_in_memory() -> Iterator[World]:
+    """Provide a machine whose files are on no disk: that one is slow is another matter."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        made = World(Path(path))
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def test_answers_come_in_time_while_a_prompt_is_held(world_in_memory: World) -> None:
     """The bound is for all answers; a machine on which it does not hold without a prompt either is excused."""
+    world = world_in_memory
     prepare(world)
     polkit = world.polkit()
     rounds = []
