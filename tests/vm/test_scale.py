@@ -10,6 +10,8 @@ import pytest
 from tests.scale import is_full, scaled
 from tests.vm.conftest import Guest
 
+pytestmark = pytest.mark.idle
+
 Steps = dict[str, dict[str, Any]]
 
 UNITS = scaled(500, 10000)

@@ -12,6 +12,8 @@ import pytest
 from tests.scale import scaled
 from tests.vm.conftest import SCRIPTS, Guest
 
+pytestmark = pytest.mark.idle
+
 Steps = dict[str, dict[str, Any]]
 
 BY_INOTIFY = scaled(50, 500)
