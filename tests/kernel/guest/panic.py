@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from tests.kernel.guest.pagecache import (
@@ -54,6 +55,7 @@ def main() -> None:
         stat = file.path.stat()
         said = {"pfn": f"{pfn:#x}", "ino": stat.st_ino, "pos": POS, "memcg": owner.name}
         print(json.dumps(said), flush=True)
+        time.sleep(2)  # nothing tells when the channel has passed it on, and after the panic it is too late
         if injection == "madvise":
             process.order()
             process.hear()
