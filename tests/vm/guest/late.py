@@ -203,7 +203,7 @@ def lose(monitor: Monitor, kind: str, how: str, injection: str, action: str, bel
         major, minor = os.major(file.device), os.minor(file.device)
         inode = major << 20 | minor if kind == "bdev" else os.stat(file.path).st_ino
         process, (pfn,) = holder(unit, file, how, below=below)
-        charged = UnitCgroup(unit, below).id
+        charged = UnitCgroup(unit).id  # also for one below, which is without the memory controller
         with bystander(file):
             poison(pfn, injection)
             (loss,) = monitor.losses(unit)
@@ -456,7 +456,7 @@ def lacking() -> None:
     # There is no way back from this one.
     Path("/sys/kernel/security/lockdown").write_text("confidentiality")
     doctor("lockdown")
-    must("systemctl", "start", "cgpolicyd")
+    must("systemctl", "restart", "cgpolicyd")  # doctor's question to it may have started it
     tell(step="locked down", status=must("cgpolicy", "status"), unit=properties("kills.service")["State"])
 
 
