@@ -11,7 +11,7 @@ from cgpolicy.client import UnitRow
 
 STRENGTH = {
     "synchronous": "the kernel acts before the data is gone",
-    "late": "this kernel lacks memory.failure_dirty_action; kill and panic come a few milliseconds after the data is "
+    "late": "this kernel lacks memory.failure_dirty_action; kill and panic come some time after the data is "
     "gone, stale reads can get out meanwhile",
     "none": "policies are resolved and shown, NOT enforced",
 }
