@@ -25,7 +25,7 @@ from cgpolicy.enforcement import Enforcement
 from cgpolicy.error import NoSuchUnit, NotSupported, UserError
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.polkit import Authority
-from cgpolicy.rawglib import address, object_unref
+from cgpolicy.rawglib import INVOCATIONS_COUNTED, address, object_unref
 from cgpolicy.reconciler import Reconciler, State, Unit
 from cgpolicy.setting import read_setting
 from cgpolicy.subtree import Subtree
@@ -76,9 +76,8 @@ def free_after_reply(invocation: Any) -> None:
     """Drop the reference to an answered call that PyGObject leaves behind.
 
     Every incoming call leaks about 2 KiB otherwise, so that any client could make this process grow.
-    GLib 2.84 takes the reference itself.
     """
-    if (GLib.MAJOR_VERSION, GLib.MINOR_VERSION) < (2, 84):
+    if not INVOCATIONS_COUNTED:
         object_unref(address(invocation))
 
 

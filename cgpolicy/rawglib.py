@@ -7,7 +7,11 @@ import ctypes
 from ctypes import c_void_p
 from typing import Any
 
-from gi.repository import Gio, GObject
+from gi.repository import Gio, GLib, GObject
+
+# Since then PyGObject knows that a call's invocation is handed over to whoever is to answer it, and keeps the count.
+# Before, the reference that comes with a call has to be dropped by hand.
+INVOCATIONS_COUNTED = (GLib.MAJOR_VERSION, GLib.MINOR_VERSION) >= (2, 84)
 
 glib = ctypes.CDLL("libglib-2.0.so.0")
 gio = ctypes.CDLL("libgio-2.0.so.0")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from ctypes import POINTER, c_char_p, c_size_t, c_uint, c_void_p
 from typing import Any
 
-from cgpolicy.rawglib import address, function, gio, glib, object_unref, wrapped
+from cgpolicy.rawglib import INVOCATIONS_COUNTED, address, function, gio, glib, object_unref, wrapped
 
 _Enumerate = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_char_p, c_char_p, c_void_p)
 _Introspect = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_char_p, c_char_p, c_char_p, c_void_p)
@@ -116,6 +116,8 @@ class Subtree:
                 # PyGObject's own is one; older ones leave another behind.
                 for _ in range(_references(number) - before - 1):
                     object_unref(number)
+                if INVOCATIONS_COUNTED:
+                    object_unref(number)  # came with the call, and not through PyGObject
                 label = path.decode().rpartition("/")[2]
                 self._call(label, method.decode(), invocation.get_parameters(), invocation)
             except Exception:
