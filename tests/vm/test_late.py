@@ -209,6 +209,10 @@ def test_a_storm_is_counted_and_does_not_make_the_reactor_grow(told: Told) -> No
 )
 def test_what_a_kernel_lacks_is_named_with_its_cure(told: Told, lack: str, said: str) -> None:
     (seen,) = [each for each in told["lacking"] if each["what"] == lack]
+    if "refused" in seen:  # there is no way to take that away from newer kernels
+        assert (lack, seen["refused"]) == ("ftrace", "ENOTSUP")
+        assert told["status"][0]["kernel"].startswith("7.")
+        return
     assert seen["status"] == 1  # at the least for the lack of memory.failure_dirty_action
     assert said in seen["said"]
 

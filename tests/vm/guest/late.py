@@ -11,6 +11,7 @@ panic  the true one: PATH and INJECTION follow, and nothing comes back.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -446,7 +447,11 @@ def lacking() -> None:
     doctor("permission", "nobody")
     switches = {"ftrace": "/proc/sys/kernel/ftrace_enabled", "kprobes": "/sys/kernel/debug/kprobes/enabled"}
     for lack, switch in switches.items():
-        Path(switch).write_text("0")
+        try:
+            Path(switch).write_text("0")
+        except OSError as error:
+            tell(step="lacking", what=lack, refused=errno.errorcode[error.errno or 0])
+            continue
         doctor(lack)
         Path(switch).write_text("1")
     for lack, path in (("btf", "/sys/kernel/btf"), ("tracefs", "/sys/kernel/tracing")):
