@@ -74,8 +74,8 @@ def test_status_says_in_one_line_what_this_kernel_can_do(told: Told, base: str) 
     assert status["kernel"].startswith(RELEASES[base])
     first, *rest = status["text"].splitlines()
     assert first == (
-        "Enforcement: late (backend tracefs): this kernel lacks memory.failure_dirty_action; kill and panic come a few"
-        " milliseconds after the data is gone, stale reads can get out meanwhile; watches P1 P2 P3 P4 P5"
+        "Enforcement: late (backend tracefs): this kernel lacks memory.failure_dirty_action; kill and panic come some"
+        " time after the data is gone, stale reads can get out meanwhile; watches P1 P2 P3 P4 P5"
     )
     (row,) = [line for line in rest if "panics.service" in line]
     assert row.split()[1:] == ["panic", "/etc/systemd/system/panics.service.d/50-policy.conf:2", "applied"]
