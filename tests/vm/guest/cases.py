@@ -201,5 +201,4 @@ def main() -> None:
     table()
     judged()
     overflow()
-    bus_restarted()
     tell(step="security", text=must("systemd-analyze", "security", "--no-pager", "cgpolicyd").splitlines()[-1])

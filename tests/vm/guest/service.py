@@ -13,3 +13,4 @@ storm.gone(listener)
 cases.main()
 storm.storm(listener, int(sys.argv[1]))
 storm.below(listener)
+cases.bus_restarted()  # last: it takes the listener's connection, and with it this process

@@ -111,7 +111,8 @@ def storm(listener: Listener, pages: int) -> None:
     found = records(unit, LOSS_ID)
     invocation = must("systemctl", "show", "-P", "InvocationID", unit).strip()
     tell(
-        step="storm", total=total, seconds=seconds, signals=len(listener.heard), signalled=listener.pages(unit),
+        step="storm", total=total, seconds=seconds, signalled=listener.pages(unit),
+        signals=sum(values[0] == unit for values in listener.heard),
         records=len(found), recorded=sum(int(record["CGPOLICY_PAGES"]) for record in found),
         invocations=sorted({record["INVOCATION_ID"] for record in found}), invocation=invocation,
         kernel=in_kernel(unit), shown=counted(unit),
