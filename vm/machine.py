@@ -227,7 +227,8 @@ class Machine:
             disks.append(f"file={kernel.modules},readonly=on")
         arguments = (
             "root=/dev/vda rootfstype=ext4 rw init=/usr/local/lib/cgpolicy-vm/init console=ttyS0 loglevel=5 "
-            "panic=-1 mitigations=off net.ifnames=0 random.trust_cpu=on systemd.show_status=no"
+            "panic=-1 mitigations=off net.ifnames=0 random.trust_cpu=on systemd.show_status=no "
+            "systemd.default_timeout_start_sec=600"  # a kernel that checks itself takes minutes to start a service
         )
         if self.request.icount:
             arguments += " nokaslr norandmaps"  # they change how many instructions a walk of a hash or tree takes
