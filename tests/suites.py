@@ -114,6 +114,7 @@ def run_all(python: Path) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests/run", description=__doc__)
     parser.add_argument("--full", action="store_true", help="run each long test in full (hours)")
+    parser.add_argument("--debug", action="store_true", help="the kernel suite on kernels that check themselves")
     parser.add_argument("suite", nargs="?", choices=(*SUITES, "all"), default="all")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="for pytest, such as -k NAME")
     options = parser.parse_args(arguments)
@@ -128,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.full:
         os.environ[scale.VARIABLE] = "1"
+    if options.debug:
+        os.environ[scale.DEBUG_VARIABLE] = "1"
     if options.suite == "all" and not options.options:
         failed = run_all(python)
     else:
