@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from tests.scale import is_debug, is_full, scaled
 from vm.debian import NotOffered, Renewed
-from vm.host import TREE, install_packages
+from vm.host import TREE, cache_dir, install_packages
 from vm.kernel import Source, newest_source, unpack_source
 
 BASES = ("v6.12", "v7")
@@ -171,11 +172,10 @@ def shares(tmp_path_factory: pytest.TempPathFactory, workplace: Path) -> Callabl
 
 
 @pytest.fixture(scope="session", params=KERNELS)
-def guest(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shares: Callable[[str], Path]
-) -> Guest:
+def guest(request: pytest.FixtureRequest, shares: Callable[[str], Path]) -> Guest:
     base = str(request.param).partition("-")[0]
-    return Guest(request.param, shares(base), tmp_path_factory.mktemp("console"))
+    # Not with pytest's files, of which those of the last three runs are kept.
+    return Guest(request.param, shares(base), Path(tempfile.mkdtemp(dir=cache_dir("consoles"))))
 
 
 def kernel(item: pytest.Item) -> str:
