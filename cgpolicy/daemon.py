@@ -48,12 +48,14 @@ from cgpolicy.systemd import UnitFacts
 from cgpolicy.systemd_watch import SystemdWatch
 from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import ROOT_SLICE, unit_type
+from cgpolicy.urgency import Urgency
 
 sd_daemon = part("daemon")
 
 SWEEP_SECONDS = 600
 INVOCATION_MS = 50  # until systemd has noted a new run's InvocationID on its cgroup
 CHECK_SECONDS = 2 * WINDOW
+SOON = (GLib.PRIORITY_HIGH + GLib.PRIORITY_DEFAULT) // 2  # after new cgroups, before the bus
 
 
 def lasting(handler: Callable[..., None]) -> Callable[..., bool]:
@@ -92,6 +94,8 @@ class Daemon:
         self.tree = self.choose_backend(root)
         self.files = PolicyFiles(root)
         self.cgroups = CgroupWatch(self.tree)
+        self.urgency = Urgency(self.cgroups.fileno())
+        self._written: dict[Written, None] = {}
         self.watch = SystemdWatch(
             self.bus, loaded=self.unit_loaded, removed=self.unit_removed, reloads=self.systemd_reloads,
             refresh=self.refresh,
@@ -119,6 +123,7 @@ class Daemon:
         # Subscribed before the first look, so that nothing falls between the two. At high priority: a unit's
         # first process is a few milliseconds behind its cgroup.
         GLib.io_add_watch(self.cgroups.fileno(), GLib.PRIORITY_HIGH, GLib.IOCondition.IN, self.cgroup_changes)
+        self.urgency.start()
         self.open_losses()
         self.watch.start()
         self.machines.start()
@@ -336,12 +341,27 @@ class Daemon:
                     self.cgroups.drop(f"{parent}/{name}")
                     if is_of_slices(parent):
                         self.reconciler.cgroup_removed(parent, name)
-                case Written(cgroup, file) if file == CONTROL_FILE:
-                    self.reconciler.controllers_changed(cgroup)
-                case Written(cgroup, _):
-                    self.reconciler.cgroup_written(cgroup)
+                case Written():
+                    # Later and once: systemd writes each slice's controllers several times at every start, and what
+                    # has just been made cannot wait for a look at all that was there before.
+                    if not self._written:
+                        buscall.after(0, self.look_at_written, SOON)
+                    self._written[change] = None
                 case Overflow():
                     self.refresh()
+
+    def look_at_written(self) -> bool:
+        """Look at one file that was written; tell whether there are more."""
+        change = next(iter(self._written))
+        try:
+            if change.file == CONTROL_FILE:
+                self.reconciler.controllers_changed(change.cgroup)
+            else:
+                self.reconciler.cgroup_written(change.cgroup)
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+        del self._written[change]
+        return bool(self._written)
 
     # Losses -----------------------------------------------------------------------------------
 
