@@ -168,6 +168,10 @@ class Daemon:
             self.fail(f"cannot own {NAME} on the bus: {error}")
             return
         self.notify_ready()
+        # Not before it is known whose cgroups there are: what came meanwhile, or before a predecessor was killed, waits
+        # in the trace buffer.
+        if self.losses.fileno() >= 0:
+            GLib.io_add_watch(self.losses.fileno(), GLib.PRIORITY_HIGH, GLib.IOCondition.IN, self.losses_waiting)
         self.cross_check()
 
     def fail(self, message: str) -> None:
@@ -373,8 +377,6 @@ class Daemon:
             self.losses.open()
         except UserError as error:
             journal.log_warning(f"losses are not reported: {error}")
-            return
-        GLib.io_add_watch(self.losses.fileno(), GLib.PRIORITY_HIGH, GLib.IOCondition.IN, self.losses_waiting)
 
     @lasting
     def losses_waiting(self, source: object, condition: object) -> None:
