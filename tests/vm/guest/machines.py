@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A domain of libvirt, started under one number after another; print what policy each run has."""
+"""A domain of libvirt, started under one number after another; print what policy each run has, and lose its data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.vm.guest.cases import BUS, PATH, properties
 from tests.vm.guest.scene import becomes, main_pid, must, run, setting, tell, wait_for, write
+from tests.vm.guest.storm import LOSS_ID, after_bus_restart, begin, page_frames, poison, records
 
 NAME = "web01"
 UUID = "f7f2a1d0-0c51-4b9e-9d0b-9a8a3c1f2e4d"
@@ -50,6 +51,29 @@ def stop(scope: str) -> None:
     wait_for(lambda: run("systemctl", "is-active", "--quiet", scope)[0] != 0)
 
 
+def lose(scope: str) -> None:
+    """Have QEMU write to its disk as its guest would, and lose that."""
+    invocation = must("systemctl", "show", "-P", "InvocationID", scope).strip()
+    nodes = must("virsh", "qemu-monitor-command", NAME, '{"execute": "query-named-block-nodes"}')
+    node = "libvirt-1-format" if "libvirt-1-format" in nodes else "libvirt-1-storage"
+    said = must("virsh", "qemu-monitor-command", NAME, "--hmp", f'qemu-io {node} "write -P 7 0 16k"')
+    print("DBG", said, nodes[:600], flush=True)
+    frames = page_frames(DISK)[:1]
+    import os, struct
+    for n in ("kpageflags", "kpagecgroup"):
+        fd = os.open(f"/proc/{n}", os.O_RDONLY); print("DBG", n, hex(struct.unpack("Q", os.pread(fd, 8, frames[0]*8))[0]))
+    print("DBG", must("sh", "-c", "find /sys/fs/cgroup/machine.slice -type d -printf '%i %p\\n'"), must("sh", "-c", f"lsattr {DISK}; findmnt -T {DISK}; cat /proc/$(pgrep -f qemu-system | head -1)/cgroup"))
+    poison(frames)
+    wait_for(lambda: must("virsh", "domstate", NAME).strip() == "shut off", 20)
+    wait_for(lambda: len(records(scope, LOSS_ID)) > 0, 20)
+    print("DBG", must("sh", "-c", "dmesg | tail -5; journalctl -b -t cgpolicyd | tail -20"), flush=True)
+    (record,) = records(scope, LOSS_ID)
+    tell(
+        step="lost", state=must("virsh", "domstate", NAME).strip(), cgroup=record.get("CGPOLICY_CGROUP", ""),
+        action=record["CGPOLICY_ACTION"], invocation=[record.get("INVOCATION_ID", ""), invocation],
+    )
+
+
 def broker() -> None:
     """Restart the bus once more: in this guest it is dbus-broker's."""
     before = main_pid("cgpolicyd")
@@ -64,6 +88,7 @@ def broker() -> None:
 
 
 def main() -> None:
+    begin()
     DISK.parent.mkdir(parents=True, exist_ok=True)
     with open(DISK, "wb") as file:
         file.truncate(1 << 20)
@@ -75,8 +100,9 @@ def main() -> None:
     stop(start("second", "kill"))
     rule(NAME, "continue")
     rule(UUID, "kill")
-    stop(start("by uuid", "kill"))
+    lose(start("by uuid", "kill"))
     broker()
+    after_bus_restart("again")
 
 
 main()

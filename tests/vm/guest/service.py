@@ -8,9 +8,10 @@ import sys
 from tests.vm.guest import cases, storm
 
 listener = storm.begin()
-# Before any unit with Delegate= has run: what a cgroup left dirty was not found so afterwards.
-storm.gone(listener)
+storm.gone("gone")
 cases.main()
 storm.storm(listener, int(sys.argv[1]))
 storm.below(listener)
-cases.bus_restarted()  # last: it takes the listener's connection, and with it this process
+storm.gone("gone-later")  # after one with Delegate=yes, which has all controllers turned on
+cases.bus_restarted()
+storm.after_bus_restart("again")
