@@ -168,8 +168,8 @@ class Daemon:
             self.fail(f"cannot own {NAME} on the bus: {error}")
             return
         self.notify_ready()
-        # Not before it is known whose cgroups there are: what came meanwhile, or before a predecessor was killed, waits
-        # in the trace buffer.
+        # Not before it is known whose cgroups there are: what came meanwhile, or before a predecessor was killed,
+        # waits in the trace buffer.
         if self.losses.fileno() >= 0:
             GLib.io_add_watch(self.losses.fileno(), GLib.PRIORITY_HIGH, GLib.IOCondition.IN, self.losses_waiting)
         self.cross_check()
