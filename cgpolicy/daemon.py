@@ -140,7 +140,7 @@ class Daemon:
 
     def choose_backend(self, root: Path) -> CgroupTree:
         """Return the kernel's own files where it has them, else a table of policies enforced as well as can be."""
-        tree = CgroupTree(root / "sys/fs/cgroup")
+        tree = CgroupTree(root / "sys/fs/cgroup", root / "run/systemd/units")
         if tree.is_supported() or self.losses.is_supported():
             return tree
         enforcer = Enforcer(root)
@@ -447,7 +447,7 @@ class Daemon:
         unit = self.reconciler.units.get(owner.unit)
         if unit is not None and self.enforcer is not None:
             self.enforcer.table.count(unit.facts.cgroup, loss.pages, loss.kills)
-        elif unit is not None and self.tree.invocation_id(unit.facts.cgroup) == owner.invocation_id:
+        elif unit is not None and owner.invocation_id in ("", self.tree.invocation_id(unit.facts.cgroup)):
             self.tree.add_told(unit.facts.cgroup, loss.pages)
         journal.record_loss(owner.unit, owner.invocation_id, owner.cgroup, loss, how.backend, how.strength)
         detail: dict[str, Any] = {
