@@ -160,8 +160,7 @@ def test_below_a_unit(told: Steps) -> None:
     assert seen["invocation"][0] == seen["invocation"][1]
 
 
-@pytest.mark.parametrize("step", ["gone", "gone-later"])
-def test_unit_that_is_gone(told: Steps, step: str) -> None:
-    seen = told[step]
+def test_unit_that_is_gone(told: Steps) -> None:
+    seen = told["gone"]
     assert seen["loaded"] == "not-found"
     assert seen["recorded"] == [seen["invocation"]]
