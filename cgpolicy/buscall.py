@@ -51,7 +51,7 @@ _call = function(
     c_void_p, c_char_p, c_char_p, c_char_p, c_char_p, c_void_p, c_void_p, c_uint, c_int, c_void_p, _Ready, c_void_p,
 )
 _call_finish = function(gio, "g_dbus_connection_call_finish", c_void_p, c_void_p, c_void_p, c_void_p)
-_timeout_add = function(glib, "g_timeout_add", c_uint, c_uint, _SourceFunc, c_void_p)
+_timeout_add = function(glib, "g_timeout_add_full", c_uint, c_int, c_uint, _SourceFunc, c_void_p, c_void_p)
 _new_string = function(glib, "g_variant_new_string", c_void_p, c_char_p)
 _new_tuple = function(glib, "g_variant_new_tuple", c_void_p, ctypes.POINTER(c_void_p), c_size_t)
 _ref_sink = function(glib, "g_variant_ref_sink", c_void_p, c_void_p)
@@ -218,10 +218,10 @@ def _columns(columns: Sequence[int], reply: int) -> Iterator[tuple[str, ...]]:
 # Timers ---------------------------------------------------------------------------------------
 
 
-def after(milliseconds: int, function: Callable[[], bool]) -> int:
+def after(milliseconds: int, function: Callable[[], bool], priority: int = GLib.PRIORITY_DEFAULT) -> int:
     """Call a function from the main loop, again and again while it returns True; return the number to cancel() by."""
     number = next(_numbers)
-    _timers[number] = function, _timeout_add(milliseconds, _due, number)
+    _timers[number] = function, _timeout_add(priority, milliseconds, _due, number, None)
     return number
 
 

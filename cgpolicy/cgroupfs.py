@@ -49,10 +49,14 @@ class Events:
 
 
 class CgroupTree:
-    """A mounted cgroup v2 hierarchy."""
+    """A mounted cgroup v2 hierarchy.
 
-    def __init__(self, root: Path = Path("/sys/fs/cgroup")) -> None:
+    links: where systemd keeps a link for each unit that runs, whose target is the InvocationID; None not to look.
+    """
+
+    def __init__(self, root: Path = Path("/sys/fs/cgroup"), links: Path | None = None) -> None:
         self.root = root
+        self._links = links
 
     def path(self, cgroup: str) -> Path:
         """Return the directory of a cgroup."""
@@ -163,6 +167,10 @@ class CgroupTree:
         for name in INVOCATION_ID:
             with contextlib.suppress(OSError):
                 return os.getxattr(self.path(cgroup), name).decode(errors="replace")
+        if self._links is not None:
+            # A scope's cgroup can be there before its run has an id, and systemd does not come back to it.
+            with contextlib.suppress(OSError):
+                return os.readlink(self._links / f"invocation:{unit_of_directory(cgroup.rpartition('/')[2])}")
         return ""
 
     def effective(self, cgroup: str) -> Effective:

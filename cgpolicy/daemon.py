@@ -48,12 +48,14 @@ from cgpolicy.systemd import UnitFacts
 from cgpolicy.systemd_watch import SystemdWatch
 from cgpolicy.unitfile import Problem
 from cgpolicy.unitname import ROOT_SLICE, unit_type
+from cgpolicy.urgency import Urgency
 
 sd_daemon = part("daemon")
 
 SWEEP_SECONDS = 600
 INVOCATION_MS = 50  # until systemd has noted a new run's InvocationID on its cgroup
 CHECK_SECONDS = 2 * WINDOW
+SOON = (GLib.PRIORITY_HIGH + GLib.PRIORITY_DEFAULT) // 2  # after new cgroups, before the bus
 
 
 def lasting(handler: Callable[..., None]) -> Callable[..., bool]:
@@ -92,6 +94,8 @@ class Daemon:
         self.tree = self.choose_backend(root)
         self.files = PolicyFiles(root)
         self.cgroups = CgroupWatch(self.tree)
+        self.urgency = Urgency(self.cgroups.fileno())
+        self._written: dict[Written, None] = {}
         self.watch = SystemdWatch(
             self.bus, loaded=self.unit_loaded, removed=self.unit_removed, reloads=self.systemd_reloads,
             refresh=self.refresh,
@@ -119,6 +123,7 @@ class Daemon:
         # Subscribed before the first look, so that nothing falls between the two. At high priority: a unit's
         # first process is a few milliseconds behind its cgroup.
         GLib.io_add_watch(self.cgroups.fileno(), GLib.PRIORITY_HIGH, GLib.IOCondition.IN, self.cgroup_changes)
+        self.urgency.start()
         self.open_losses()
         self.watch.start()
         self.machines.start()
@@ -135,7 +140,7 @@ class Daemon:
 
     def choose_backend(self, root: Path) -> CgroupTree:
         """Return the kernel's own files where it has them, else a table of policies enforced as well as can be."""
-        tree = CgroupTree(root / "sys/fs/cgroup")
+        tree = CgroupTree(root / "sys/fs/cgroup", root / "run/systemd/units")
         if tree.is_supported() or self.losses.is_supported():
             return tree
         enforcer = Enforcer(root)
@@ -163,6 +168,10 @@ class Daemon:
             self.fail(f"cannot own {NAME} on the bus: {error}")
             return
         self.notify_ready()
+        # Not before it is known whose cgroups there are: what came meanwhile, or before a predecessor was killed,
+        # waits in the trace buffer.
+        if self.losses.fileno() >= 0:
+            GLib.io_add_watch(self.losses.fileno(), GLib.PRIORITY_HIGH, GLib.IOCondition.IN, self.losses_waiting)
         self.cross_check()
 
     def fail(self, message: str) -> None:
@@ -336,12 +345,27 @@ class Daemon:
                     self.cgroups.drop(f"{parent}/{name}")
                     if is_of_slices(parent):
                         self.reconciler.cgroup_removed(parent, name)
-                case Written(cgroup, file) if file == CONTROL_FILE:
-                    self.reconciler.controllers_changed(cgroup)
-                case Written(cgroup, _):
-                    self.reconciler.cgroup_written(cgroup)
+                case Written():
+                    # Later and once: systemd writes each slice's controllers several times at every start, and what
+                    # has just been made cannot wait for a look at all that was there before.
+                    if not self._written:
+                        buscall.after(0, self.look_at_written, SOON)
+                    self._written[change] = None
                 case Overflow():
                     self.refresh()
+
+    def look_at_written(self) -> bool:
+        """Look at one file that was written; tell whether there are more."""
+        change = next(iter(self._written))
+        try:
+            if change.file == CONTROL_FILE:
+                self.reconciler.controllers_changed(change.cgroup)
+            else:
+                self.reconciler.cgroup_written(change.cgroup)
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+        del self._written[change]
+        return bool(self._written)
 
     # Losses -----------------------------------------------------------------------------------
 
@@ -353,8 +377,6 @@ class Daemon:
             self.losses.open()
         except UserError as error:
             journal.log_warning(f"losses are not reported: {error}")
-            return
-        GLib.io_add_watch(self.losses.fileno(), GLib.PRIORITY_HIGH, GLib.IOCondition.IN, self.losses_waiting)
 
     @lasting
     def losses_waiting(self, source: object, condition: object) -> None:
@@ -425,7 +447,7 @@ class Daemon:
         unit = self.reconciler.units.get(owner.unit)
         if unit is not None and self.enforcer is not None:
             self.enforcer.table.count(unit.facts.cgroup, loss.pages, loss.kills)
-        elif unit is not None and self.tree.invocation_id(unit.facts.cgroup) == owner.invocation_id:
+        elif unit is not None and owner.invocation_id in ("", self.tree.invocation_id(unit.facts.cgroup)):
             self.tree.add_told(unit.facts.cgroup, loss.pages)
         journal.record_loss(owner.unit, owner.invocation_id, owner.cgroup, loss, how.backend, how.strength)
         detail: dict[str, Any] = {

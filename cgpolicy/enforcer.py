@@ -67,7 +67,7 @@ class Enforcer:
     """A reactor process, and the table of policies that it is told."""
 
     def __init__(self, root: Path) -> None:
-        self.table = PolicyTable(root / "sys/fs/cgroup", self._tell)
+        self.table = PolicyTable(root / "sys/fs/cgroup", self._tell, root / "run/systemd/units")
         self._root = root
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None

@@ -42,8 +42,10 @@ class PolicyTable(CgroupTree):
     changed is called with a cgroup's id, and its entry or None if it has no policy any more.
     """
 
-    def __init__(self, root: Path, changed: Callable[[int, Entry | None], None]) -> None:
-        super().__init__(root)
+    def __init__(
+        self, root: Path, changed: Callable[[int, Entry | None], None], links: Path | None = None
+    ) -> None:
+        super().__init__(root, links)
         self.enforced = True
         self.can_panic = True
         self._changed = changed

@@ -19,9 +19,9 @@ from cgpolicy.error import NotSupported, UserError
 from cgpolicy.policyfile import PolicyFiles
 from cgpolicy.resolve import UNDECIDED, Decision, SourceKind, resolve
 from cgpolicy.setting import UNSET, Setting, read_setting
-from cgpolicy.systemd import UnitFacts, find_drop_ins, read_files
+from cgpolicy.systemd import UnitFacts, find_drop_ins, find_fragment, read_files
 from cgpolicy.unitfile import Problem
-from cgpolicy.unitname import ROOT_SLICE, parent_slices, unit_type
+from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, parent_slices, unit_type
 
 # Units kept in mind though PID 1 has unloaded them: it does so with every unit that is stopped and that nothing
 # loaded refers to. At the next start a policy that is known already is applied at once.
@@ -124,6 +124,7 @@ class Reconciler:
     units: dict[str, Unit] = field(default_factory=dict)
     supported: bool = True
     _created: dict[str, str] = field(default_factory=dict)
+    _guessed: set[str] = field(default_factory=set)  # units of which PID 1 has said nothing yet
     _ahead: dict[str, str] = field(default_factory=dict)  # drop-ins of ours that PID 1 has not read yet, by unit
     _superseded: dict[str, str] = field(default_factory=dict)  # those of _ahead that it is reading just now
     _kept: OrderedDict[str, None] = field(default_factory=OrderedDict)
@@ -141,6 +142,7 @@ class Reconciler:
         self.supported = self.tree.is_supported()
         newer, self._newer = self._newer or set(), None
         fresh = {facts.name: facts for facts in units if facts.name not in newer}
+        self._guessed.difference_update(fresh)
         for name in [name for name in self.units if name not in fresh and name not in newer]:
             self.remove(name)
         for facts in fresh.values():
@@ -155,6 +157,7 @@ class Reconciler:
     def load(self, facts: UnitFacts) -> None:
         """Take one unit's facts, new or read again."""
         self._is_news(facts.name)
+        self._guessed.discard(facts.name)
         if not facts.exists:
             self.remove(facts.name)
             return
@@ -164,6 +167,7 @@ class Reconciler:
     def unload(self, name: str) -> None:
         """Note that PID 1 has unloaded a unit; one that can be started again and has been of interest is kept."""
         self._is_news(name)
+        self._guessed.discard(name)
         unit = self.units.get(name)
         if unit is None or not self._may_return(unit):
             self.remove(name)
@@ -194,6 +198,7 @@ class Reconciler:
     def remove(self, name: str) -> None:
         """Forget a unit."""
         self._created.pop(name, None)
+        self._guessed.discard(name)
         self._ahead.pop(name, None)
         self._kept.pop(name, None)
         if self.units.pop(name, None) is not None:
@@ -203,23 +208,31 @@ class Reconciler:
         """Apply to a cgroup that has just appeared in a slice, from what is known, without asking anybody."""
         name, cgroup = unit_of_directory(directory), f"{parent}/{directory}"
         self._created[name] = cgroup
-        self.remember(name, cgroup)
         unit = self.units.get(name)
         if unit is not None:
             unit.facts = replace(unit.facts, cgroup=cgroup)
             self._settle(unit)
-        elif unit_type(name) == "scope":
-            # A transient unit under a name that was never seen: what can be told without PID 1, until it answers.
+            return
+        self.remember(name, cgroup)
+        kind, fragment = unit_type(name), find_fragment(name, self.files.root)
+        if kind in ("scope", "slice") or (fragment and kind in POLICY_TYPES):
+            # Not loaded until now, as every unit before its first start that nothing refers to, or transient: what
+            # can be told without PID 1, until it answers.
             self._is_news(name)
+            self._guessed.add(name)
+            files = (*([fragment] if fragment else []), *find_drop_ins(name, self.files.root))
             slice_ = unit_of_directory(parent.rpartition("/")[2]) or ROOT_SLICE
-            self._take(UnitFacts(name, "loaded", find_drop_ins(name, self.files.root), slice_, cgroup))
+            self._take(UnitFacts(name, "loaded", files, slice_, cgroup))
 
     def cgroup_removed(self, parent: str, directory: str) -> None:
         """Note that a unit has lost its cgroup: it ended, or is on its way to a new one."""
         name, cgroup = unit_of_directory(directory), f"{parent}/{directory}"
         if self._created.get(name) == cgroup:
             del self._created[name]
-        self.cgroup_written(cgroup)
+        if name in self._guessed:
+            self.remove(name)  # perhaps no unit at all; PID 1's answer brings it back
+        else:
+            self.cgroup_written(cgroup)
 
     def controllers_changed(self, slice_cgroup: str) -> None:
         """Look again at the units of a slice whose cgroup.subtree_control was written.

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cgpolicy.dropin import directories
+from cgpolicy.dropin import UNIT_DIRECTORIES, directories
 from cgpolicy.error import NotSupported, UserError
 from cgpolicy.libsystemd import part
 from cgpolicy.policyfile import read_regular
 from cgpolicy.setting import SECTION, UNSET, Setting, read_setting
 from cgpolicy.unitfile import Problem
-from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, bus_label_escape, check, unit_type
+from cgpolicy.unitname import POLICY_TYPES, ROOT_SLICE, bus_label_escape, check, template, unit_type
 
 SERVICE = "org.freedesktop.systemd1"
 MANAGER_PATH = "/org/freedesktop/systemd1"
@@ -131,6 +131,17 @@ def find_drop_ins(unit: str, root: Path = Path("/")) -> tuple[str, ...]:
             if entry.endswith(".conf"):
                 found.setdefault(entry, f"{path}/{entry}")
     return tuple(found[entry] for entry in sorted(found, key=os.fsencode))
+
+
+def find_fragment(unit: str, root: Path = Path("/")) -> str:
+    """Return the file that systemd will take a unit from, "" if there is none: its own, or else its template's.
+
+    For find_drop_ins()' reason. An alias's file is found, but of what it is an alias is left to PID 1.
+    """
+    base = str(root).rstrip("/")
+    names = [name for name in (unit, template(unit)) if name]
+    paths = (f"{base}/{directory}/{name}" for name in names for directory in UNIT_DIRECTORIES)
+    return next(filter(os.path.lexists, paths), "")
 
 
 class SystemdManager:

@@ -100,6 +100,20 @@ def test_loss_is_its_cgroups_also_when_that_is_gone_or_below_a_unit(world: World
         ("web.service", f"{WEB}/payload", ids[0]), ("web.service", WEB, ids[1]), ("", "", 2**40)]
 
 
+def test_what_a_killed_daemon_had_not_read_is_told_by_the_next(world: World, tracefs: Tracefs) -> None:
+    """It waits until the next one knows the units and is on the bus."""
+    world.service("web.service", KILL)
+    listener = world.nobody()
+    cgroup_id = world.tree.cgroup_id(WEB)
+    tracefs.lose(f"pfn=0x1000 dev=8:1 ino=12 pos=0 cgroup_id={cgroup_id} action=kill")
+    world.systemd.holding = True
+    world.launch()
+    wait(lambda: tracefs.enabled.read_text() == "1" and bool(world.systemd.held), "the questions")
+    world.systemd.go_on()
+    (loss,) = losses(listener, 1)
+    assert loss.values[:5] == ("web.service", WEB, cgroup_id, "kill", 1)
+
+
 def test_storm_is_reported_whole_in_few_signals(world: World, tracefs: Tracefs) -> None:
     world.service("web.service", KILL)
     world.start()

@@ -64,6 +64,33 @@ def test_cgroup_of_a_unit_that_systemd_tells_of_later(world: World) -> None:
     wait(lambda: world.tree.said(WEB) == "kill", "the policy")
 
 
+def test_unit_that_systemd_has_not_loaded_yet(world: World) -> None:
+    """Its first start, and that of a slice with a default: the files say what PID 1 has no time to say."""
+    world.start()
+    world.systemd.holding = True
+    world.write_fragment("new.service", KILL)
+    world.write_fragment("tpl@.service", KILL)
+    world.write_fragment("shop.slice", PANIC)
+    world.write_fragment("till.service")
+    with world.paused():
+        for name in ("new", "tpl@a", "none"):
+            world.tree.make(f"/system.slice/{name}.service")
+        world.tree.make("/shop.slice")
+    world.settle()
+    with world.paused():
+        world.tree.make("/shop.slice/till.service")
+    world.settle()
+    said = {name: world.tree.said(f"/system.slice/{name}.service") for name in ("new", "tpl@a", "none")}
+    assert said == {"new": "kill", "tpl@a": "kill", "none": "continue"}
+    assert (world.tree.said("/shop.slice/till.service"), world.tree.said("/shop.slice")) == ("panic", "continue")
+    # What was only guessed goes with its cgroup.
+    listed = {row[0] for row in world.root_client.call("ListUnits", "(as)", [])}
+    with world.paused():
+        world.tree.remove("/system.slice/new.service")
+    world.settle()
+    assert listed - {row[0] for row in world.root_client.call("ListUnits", "(as)", [])} == {"new.service"}
+
+
 def test_cgroup_that_appears_while_systemd_is_asked_about_everything(world: World) -> None:
     world.service("web.service", KILL, cgroup="")
     world.start()

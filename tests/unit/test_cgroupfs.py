@@ -155,6 +155,15 @@ def test_invocation_id_as_systemd_notes_it(tree: PlainTree) -> None:
     assert tree.invocation_id("/web.service") == "b" * 32
 
 
+def test_invocation_id_of_a_scope_is_a_links_target(tree: PlainTree, tmp_path: Path) -> None:
+    """systemd 257 notes none on the cgroup of a scope that machined has made."""
+    tree.make("/machine.slice/machine-a.scope")
+    (tmp_path / "invocation:machine-a.scope").symlink_to("c" * 32)
+    linked = CgroupTree(tree.root, tmp_path)
+    assert linked.invocation_id("/machine.slice/machine-a.scope") == "c" * 32
+    assert linked.invocation_id("/machine.slice/machine-b.scope") == ""
+
+
 @pytest.mark.parametrize(
     ("content", "events"),
     [

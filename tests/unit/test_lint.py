@@ -19,7 +19,7 @@ TRUE = {"action", "dropin", "enforcement", "error", "unitname", "unitfile", "set
 SAID = {"btf", "buscall", "cgroupfs", "journal", "kprobes", "libsystemd", "losses", "machined", "policyfile",
         "policytable", "polkit", "rawglib", "subtree", "systemd", "systemd_watch"}
 RUNS = {"bus", "cli", "client", "daemon", "doctor", "enforcer", "losstally", "offline", "reactor", "reconciler",
-        "status"}
+        "status", "urgency"}
 
 BINDINGS = {"gi", "pydbus", "pystemd"}
 OUTSIDE = {"ctypes", "glob", "io", "logging", "os", "pathlib", "shutil", "signal", "socket", "subprocess", "tempfile"}

@@ -38,5 +38,17 @@ def test_rule_follows_the_machine(told: Steps, step: str, number: int, source: s
     assert (seen["Source"], seen["SourcePath"]) == (source, f"{RULES}/{rule}.conf")
 
 
+def test_lost_below_the_scope(told: Steps) -> None:
+    """libvirt charges a domain's pages to a cgroup below its scope: they follow the scope's policy, and are its."""
+    seen = told["lost"]
+    assert (seen["state"], seen["action"]) == ("shut off", "kill")
+    assert seen["cgroup"].startswith(r"/machine.slice/machine-qemu\x2d3\x2dweb01.scope/libvirt")
+    assert seen["invocation"][0] == seen["invocation"][1]
+
+
+def test_lost_after_the_bus_was_restarted(told: Steps) -> None:
+    assert told["again"] == {"signalled": 1, "pages": "1", "action": "kill"}
+
+
 def test_bus_of_dbus_broker_restarted(told: Steps) -> None:
     assert told["broker"] == {"unit": "dbus-broker.service", "after": "kill", "again": True}

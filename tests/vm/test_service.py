@@ -122,6 +122,10 @@ def test_bus_restarted(told: Steps) -> None:
     assert (seen["after"], seen["again"], seen["State"]) == ("panic", True, "applied")
 
 
+def test_lost_after_the_bus_was_restarted(told: Steps) -> None:
+    assert told["again"] == {"signalled": 1, "pages": "1", "action": "kill"}
+
+
 def test_sandbox(told: Steps) -> None:
     match = re.search(r"for cgpolicyd\.service: ([0-9.]+)", told["security"]["text"])
     assert match
@@ -146,7 +150,7 @@ def test_losses_while_the_daemon_is_gone(told: Steps) -> None:
     """Three pages after kill -9 and two after a stop: none is forgotten or told of twice, no counter starts anew."""
     seen = told["restarts"]
     assert (seen["signalled"], seen["kernel"], seen["shown"]) == (5, 5, 5)
-    assert seen["unseen"] in ([2], [3, 2])  # the trace buffer may still have the first three
+    assert seen["unseen"] == [2]  # the trace buffer still had the first three
 
 
 def test_below_a_unit(told: Steps) -> None:

@@ -8,9 +8,11 @@ import sys
 from tests.vm.guest import cases, storm
 
 listener = storm.begin()
-# Before any unit with Delegate= has run: what a cgroup left dirty was not found so afterwards.
-storm.gone(listener)
+# Before any unit with Delegate= has run. That turns the io controller on, and then what a cgroup that is gone has left
+# was found clean: written to the disk, so that nothing was lost.
+storm.gone("gone")
 cases.main()
 storm.storm(listener, int(sys.argv[1]))
 storm.below(listener)
-cases.bus_restarted()  # last: it takes the listener's connection, and with it this process
+cases.bus_restarted()
+storm.after_bus_restart("again")

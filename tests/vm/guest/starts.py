@@ -104,13 +104,24 @@ class Scopes:
         wait_for(lambda: not (CGROUPS / "machine.slice" / name).exists())
 
 
-def scopes(count: int) -> None:
-    """Start scopes that carry their policy by a drop-in for all of them, and tell what was there when."""
-    write(Path("/etc/systemd/system/machine-.scope.d/50-policy.conf"), setting("kill"))
+def reload() -> None:
+    """Have systemd and the daemon read everything anew: of what does not run, systemd keeps nothing then."""
     must("systemctl", "daemon-reload")
-    must("systemctl", "start", "machine.slice")
     must("busctl", "call", "org.cgpolicy1", "/org/cgpolicy1", "org.cgpolicy1.Manager", "Reload")
-    starter, clock = Scopes(), Clock()
+
+
+def scopes_begin() -> Scopes:
+    """Give all scopes of machines a policy by a drop-in."""
+    write(Path("/etc/systemd/system/machine-.scope.d/50-policy.conf"), setting("kill"))
+    reload()
+    must("systemctl", "start", "machine.slice")
+    return Scopes()
+
+
+def scopes(step: str, starter: Scopes, count: int) -> None:
+    """Start scopes, and tell what was there when."""
+    clock = Clock()
+    starter.seen = {}
     for number in range(count):
         starter.start(rf"machine-qemu\x2d{number}\x2dweb.scope")
     made, written = clock.read()
@@ -120,10 +131,10 @@ def scopes(count: int) -> None:
         begin = made[f"/machine.slice/{name}"]
         jobs.append(done - begin)
         applied.append(min((moment for moment in written if moment >= begin), default=float("inf")) - begin)
-    tell(step="scopes", values=[said for _, said in starter.seen.values()], applied=applied, jobs=jobs)
+    tell(step=step, values=[said for _, said in starter.seen.values()], applied=applied, jobs=jobs)
 
 
-def main(by_inotify: int, by_apply: int, by_scope: int) -> None:
+def main(first: int, by_inotify: int, by_apply: int, by_scope: int, by_delegation: int) -> None:
     shutil.copy("/mnt/share/first", "/usr/local/bin/first")
     output = f"Type=oneshot\nStandardOutput=append:{READS}\n"
     service("probe", run="/usr/local/bin/first", more=output)
@@ -131,11 +142,22 @@ def main(by_inotify: int, by_apply: int, by_scope: int) -> None:
     tell(step="unset", reads=start(2))
 
     service("probe", run="/usr/local/bin/first", more=output, drop_in=setting("kill"))
-    must("systemctl", "daemon-reload")
-    must("busctl", "call", "org.cgpolicy1", "/org/cgpolicy1", "org.cgpolicy1.Manager", "Reload")
+    reads = []
+    for _ in range(first):
+        reload()
+        reads += start(1)
+    tell(step="first", reads=reads)
     tell(step="inotify", reads=start(by_inotify))
 
-    scopes(by_scope)
+    starter = scopes_begin()
+    scopes("scopes", starter, by_scope)
+    # Such a unit turns all controllers on in all slices, and so the daemon's own weight is that of any service.
+    service("nest", more="Delegate=yes\n")
+    must("systemctl", "daemon-reload")
+    must("systemctl", "start", "nest")
+    scopes("scopes beside Delegate=yes", starter, by_delegation)
+    tell(step="inotify beside Delegate=yes", reads=start(by_delegation))
+    must("systemctl", "stop", "nest")
 
     must("systemctl", "stop", "cgpolicyd")
     # D-Bus would start it again for whoever asks; cgpolicy apply does not ask.

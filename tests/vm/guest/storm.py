@@ -44,12 +44,19 @@ def poison(frames: list[int]) -> None:
 
 
 class Listener:
-    """Hears DirtyDataLost."""
+    """Hears DirtyDataLost, on a connection of its own: it ends with the bus, and this process does not."""
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
-        self.bus = Gio.bus_get_sync(Gio.BusType.SYSTEM, None)
+        flags = Gio.DBusConnectionFlags
+        self.bus = Gio.DBusConnection.new_for_address_sync(
+            Gio.dbus_address_get_for_bus_sync(Gio.BusType.SYSTEM),
+            flags.AUTHENTICATION_CLIENT | flags.MESSAGE_BUS_CONNECTION, None, None,
+        )
         self.bus.signal_subscribe(BUS, f"{BUS}.Manager", "DirtyDataLost", PATH, None, 0, self.hear)
+        # The answer comes after that to the subscription.
+        ask = (BUS, PATH, "org.freedesktop.DBus.Peer", "Ping", None, None, 0, 60_000, None)
+        self.bus.call_sync(*ask)
 
     def hear(self, *signal: Any) -> None:
         self.heard.append(signal[5].unpack())
@@ -162,17 +169,31 @@ def below(listener: Listener) -> None:
     )
 
 
-def gone(listener: Listener) -> None:
+def gone(name: str) -> None:
     """What a unit that is gone has left in the page cache is that run's of that unit."""
-    directory = Path("/var/lib/gone")
-    command = script("gone", "echo $INVOCATION_ID >/run/gone", directory, 4, 1, "")
-    must("systemd-run", "--quiet", "--wait", "--unit=gone", *command.split())
-    loaded = run("systemctl", "show", "-P", "LoadState", "gone.service")[1].strip()
+    unit, directory, note = f"{name}.service", Path(f"/var/lib/{name}"), Path(f"/run/{name}")
+    command = script(name, f"echo $INVOCATION_ID >{note}", directory, 4, 1, "")
+    must("systemd-run", "--quiet", "--wait", f"--unit={name}", *command.split())
+    loaded = run("systemctl", "show", "-P", "LoadState", unit)[1].strip()
     poison(page_frames(directory / "1")[:1])
-    listener.until(lambda: any(values[2] for values in listener.heard if values[0] in ("", "gone.service")))
-    wait_for(lambda: len(records("gone.service", LOSS_ID)) > 0)
-    found = [record.get("INVOCATION_ID", "") for record in records("gone.service", LOSS_ID)]
-    tell(step="gone", loaded=loaded, invocation=Path("/run/gone").read_text().strip(), recorded=found)
+    wait_for(lambda: len(records(unit, LOSS_ID)) > 0)
+    found = [record.get("INVOCATION_ID", "") for record in records(unit, LOSS_ID)]
+    tell(step=name, loaded=loaded, invocation=note.read_text().strip(), recorded=found)
+
+
+def after_bus_restart(name: str) -> None:
+    """Lose a page when the daemon is on another bus than before; tell what a new client hears of it."""
+    unit, directory, listener = f"{name}.service", Path(f"/var/lib/{name}"), Listener()
+    command = script(name, "", directory, 4, 1, "exec sleep infinity")
+    service(name, run=command, drop_in=setting("kill"))
+    must("systemctl", "daemon-reload")
+    must("systemctl", "start", unit)
+    wait_for(Path(f"/run/{name}.ready").exists)
+    poison(page_frames(directory / "1")[:1])
+    listener.until(lambda: listener.pages(unit) >= 1)
+    wait_for(lambda: len(records(unit, LOSS_ID)) > 0)
+    (record,) = records(unit, LOSS_ID)
+    tell(step=name, signalled=listener.pages(unit), pages=record["CGPOLICY_PAGES"], action=record["CGPOLICY_ACTION"])
 
 
 def begin() -> Listener:
