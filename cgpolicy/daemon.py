@@ -127,6 +127,8 @@ class Daemon:
         self.start_watchdog()
         self.loop.run()
         sd_daemon.notify(False, stopping=1)
+        if self.face is not None:
+            self.face.close()
         # What the kernel was told stays in force; only the private tracing instance goes.
         self.losses.close()
         if self.enforcer is not None:

@@ -18,8 +18,8 @@ PACKAGE = TREE / "cgpolicy"
 TRUE = {"action", "dropin", "enforcement", "error", "unitname", "unitfile", "setting", "resolve"}
 SAID = {"btf", "buscall", "cgroupfs", "journal", "kprobes", "libsystemd", "losses", "machined", "policyfile",
         "policytable", "polkit", "rawglib", "subtree", "systemd", "systemd_watch"}
-RUNS = {"bus", "cli", "client", "daemon", "doctor", "enforcer", "losstally", "offline", "reactor", "reconciler",
-        "status"}
+RUNS = {"bus", "changes", "cli", "client", "daemon", "doctor", "enforcer", "losstally", "offline", "reactor",
+        "reconciler", "status"}
 
 BINDINGS = {"gi", "pydbus", "pystemd"}
 OUTSIDE = {"ctypes", "glob", "io", "logging", "os", "pathlib", "shutil", "signal", "socket", "subprocess", "tempfile"}
