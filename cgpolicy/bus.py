@@ -25,7 +25,7 @@ from cgpolicy.changes import Changes
 from cgpolicy.client import MANAGER, MANAGER_PATH, NAME, NO_RELOAD, UNIT
 from cgpolicy.enforcement import Enforcement
 from cgpolicy.error import NoSuchUnit, NotSupported, UserError
-from cgpolicy.policyfile import PolicyFiles
+from cgpolicy.policyfile import NotDurable, PolicyFiles
 from cgpolicy.polkit import Authority
 from cgpolicy.rawglib import INVOCATIONS_COUNTED, address, object_unref
 from cgpolicy.reconciler import Reconciler, State, Unit
@@ -372,7 +372,12 @@ class BusFace:
             self._changes.add(partial(self._guarded, invocation, begin))
 
         def answer(result: Callable[[], Path | None]) -> None:
-            written(result())
+            try:
+                path = result()
+            except NotDurable as error:
+                written(error.path)
+                raise
+            written(path)
             reply(invocation, None)
 
         self._authorized(invocation, verb, unit, action, authorized, panic=panic)
