@@ -25,6 +25,7 @@ from cgpolicy.changes import Changes
 from cgpolicy.client import MANAGER, MANAGER_PATH, NAME, NO_RELOAD, UNIT
 from cgpolicy.enforcement import Enforcement
 from cgpolicy.error import NoSuchUnit, NotSupported, UserError
+from cgpolicy.heap import give_back_memory, keep_memory_low
 from cgpolicy.policyfile import NotDurable, PolicyFiles
 from cgpolicy.polkit import Authority
 from cgpolicy.rawglib import INVOCATIONS_COUNTED, address, object_unref
@@ -57,6 +58,7 @@ PATTERNS_LENGTH_MAX = 65536
 
 # How long one call may keep the others waiting: 1024 patterns for 10,000 units take seconds.
 SLICE_SECONDS = 0.005
+SENT_MS = 1000  # by when a long answer has been handed to the bus
 FNM_NOESCAPE = 2  # as systemctl's own patterns; glibc's fnmatch.h
 
 # Calls that wait for systemd, or for their turn, at once. A caller need not wait for answers to send more.
@@ -84,17 +86,6 @@ def free_after_reply(invocation: Any) -> None:
 
 
 _libc = ctypes.CDLL(None)
-
-M_MMAP_THRESHOLD = -3  # malloc.h
-
-
-def keep_memory_low() -> None:
-    """Have memory for long messages, which any client may send, given back to the kernel at once.
-
-    Left alone, malloc (mallopt(3)) takes the first ones for a sign that more will come, and keeps room for them.
-    """
-    _libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-
 
 def matches(name: str, patterns: list[bytes]) -> bool:
     """Tell whether one of some shell patterns matches a unit's name (fnmatch(3)).
@@ -521,26 +512,31 @@ class BusFace:
         encoded = [pattern.encode() for pattern in patterns]
         units = self._reconciler.units
         names = iter(sorted(units))
-        rows = []
+        rows = GLib.VariantBuilder(GLib.VariantType("a(ssssso)"))
 
         def go_on() -> bool:
             """Look at some more units; return whether there are others."""
             until = time.monotonic() + SLICE_SECONDS
             for name in names:
                 if name in units and (not patterns or matches(name, encoded)):
-                    rows.append(row(units[name]))
+                    rows.add_value(row(units[name]))
                 if time.monotonic() > until:
                     return True
-            reply(invocation, GLib.Variant("(a(ssssso))", (rows,)))
+            reply(invocation, GLib.Variant.new_tuple(rows.end()))
             return False
 
         if go_on():
             done = self._wait(invocation)
 
+            def sent() -> bool:
+                give_back_memory()
+                return False
+
             def again() -> bool:
                 more = go_on()
                 if not more:
                     done()
+                    buscall.after(SENT_MS, sent)
                 return more
 
             buscall.after(0, again)
@@ -570,11 +566,14 @@ class BusFace:
         self._authorized(invocation, "reload", "", "", lambda: self._refresh(lambda: reply(invocation, None)))
 
 
-def row(unit: Unit) -> tuple[str, str, str, str, str, str]:
+def row(unit: Unit) -> Any:
     """Return a unit's row of ListUnits."""
     kind, _, _ = unit.source
     effective = str(unit.effective.action)
-    return unit.name, unit.configured, str(kind), effective, str(unit.state), unit_path(unit.name)
+    words = unit.name, unit.configured, str(kind), effective, str(unit.state), unit_path(unit.name)
+    value = GLib.Variant("(ssssso)", words)
+    value.get_data()  # has it serialized: of 10,000 units the strings themselves would take 10 MiB
+    return value
 
 
 def check_flags(flags: int) -> None:

@@ -181,10 +181,15 @@ def daemon_pid(connection: Any) -> int:
     return int(reply.unpack()[0])
 
 
-def resident_kib(pid: int) -> int:
+def resident_kib(pid: int, field: str = "VmRSS") -> int:
     """Return a process' resident memory."""
     with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
+        return next(int(line.split()[1]) for line in file if line.startswith(f"{field}:"))
+
+
+def peak_kib(pid: int) -> int:
+    """Return the most that a process' resident memory has been."""
+    return resident_kib(pid, "VmHWM")
 
 
 def ping(connection: Any) -> None:

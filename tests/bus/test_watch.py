@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import string
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,17 @@ def test_echo_of_a_question_is_not_answered_by_another(world: World) -> None:
         world.settle()
     assert world.systemd.gets["late.service"] == 5
     assert world.unit("late.service")["State"] == "inactive"
+
+
+def test_every_unit_is_found(world: World) -> None:
+    """However its name ends: PID 1 is asked for the list of them in parts."""
+    names = [f"a{last}.service" for last in f"{string.ascii_letters}{string.digits}:-_.\\"]
+    names += ["a.mount", "a.scope", "a.slice", "a.socket", "a.swap", "a@1.service", "a.service.mount", "7.s.service"]
+    for name in names:
+        world.systemd.add(name, fragment=world.write_fragment(name, KILL))
+    world.start()
+    assert {row[0] for row in world.root_client.call("ListUnits", "(as)", [])} == {
+        *names, "-.slice", "machine.slice", "system.slice"}
 
 
 def test_reload_of_systemd_is_followed(world: World) -> None:
