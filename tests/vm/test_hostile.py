@@ -11,7 +11,7 @@ from tests.scale import scaled
 from tests.vm.conftest import Guest
 from vm.host import TREE
 
-CALLS = scaled(4_000, 200_000)
+CALLS = scaled(2_000, 200_000)
 SECONDS = scaled(600, 7200)
 
 
