@@ -21,9 +21,11 @@ from cgpolicy.unitname import POLICY_TYPES, bus_label_unescape, unit_type
 # Calls under way at once; the bus allows 128 replies to be pending for a connection (dbus-daemon(1), system.conf).
 WINDOW = 64
 
-# Units are listed in parts, told apart by how their names end (before the suffix; fnmatch(3)): the list of 10,000
-# takes 13 MiB, and where there are so many, numbers or hexadecimal digits tell them apart.
-LAST = ("[01]", "[23]", "[45]", "[67]", "[89]", "[!0-9]")
+# Many units are listed in parts that differ in how the names end (before the suffix; fnmatch(3)): the list of 10,000
+# takes 13 MiB, and numbers or hexadecimal digits tell so many apart. Not few, since each part waits for whatever
+# PID 1 does before. Mount, scope, service, slice, socket, swap begin with m or s.
+PARTS = tuple(f"*{last}.[ms]*" for last in ("[01]", "[23]", "[45]", "[67]", "[89]", "[!0-9]"))
+MANY = 1000
 
 # PID 1 answers nothing while it reloads, which takes seconds on a host with many units.
 TIMEOUT_MS = 120_000
@@ -64,6 +66,7 @@ class SystemdWatch:
         # its signals about single units are noise: whoever listens would read everything twice more.
         self._anew = 0
         self._listed = 0
+        self._loaded_before = 0  # how many units were listed last
         # A question about a unit makes PID 1 load it, announce it, and unload it if nobody needs it. To ask again
         # because of that announcement would never end.
         self._ended: OrderedDict[str, float] = OrderedDict()  # when a unit was read last
@@ -88,13 +91,16 @@ class SystemdWatch:
 
     def list_units(self, done: Callable[[dict[str, str] | None], None]) -> None:
         """Hand over the loaded units that can have a policy with their LoadState, None if PID 1 does not answer."""
-        self._list_part(iter(LAST), self._anew, {}, done)
+        parts = [[pattern] for pattern in PARTS] if self._loaded_before > MANY else [list(PARTS)]
+        self._list_part(iter(parts), self._anew, {}, done)
 
     def _list_part(
-        self, parts: Iterator[str], asked: int, units: dict[str, str], done: Callable[[dict[str, str] | None], None]
+        self, parts: Iterator[list[str]], asked: int, units: dict[str, str],
+        done: Callable[[dict[str, str] | None], None],
     ) -> None:
-        last = next(parts, None)
-        if last is None:
+        patterns = next(parts, None)
+        if patterns is None:
+            self._loaded_before = len(units)
             done(units or None)
             return
 
@@ -110,7 +116,7 @@ class SystemdWatch:
             self._list_part(parts, asked, units, done)
             return False
 
-        lists: tuple[list[str], ...] = ([], [f"*{last}.[ms]*"])  # mount, scope, service, slice, socket, swap
+        lists: tuple[list[str], ...] = ([], patterns)
         buscall.table(
             self._bus.con, SERVICE, MANAGER_PATH, MANAGER, "ListUnitsByPatterns", lists, (0, 2), TIMEOUT_MS, listed
         )
