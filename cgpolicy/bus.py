@@ -8,6 +8,7 @@ pydbus's connection with Gio, where an answer can come later and an object can g
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections import Counter
@@ -20,10 +21,12 @@ from gi.repository import Gio, GLib
 
 from cgpolicy import __version__, buscall
 from cgpolicy.action import Action
+from cgpolicy.changes import Changes
 from cgpolicy.client import MANAGER, MANAGER_PATH, NAME, NO_RELOAD, UNIT
 from cgpolicy.enforcement import Enforcement
 from cgpolicy.error import NoSuchUnit, NotSupported, UserError
-from cgpolicy.policyfile import PolicyFiles
+from cgpolicy.heap import give_back_memory, keep_memory_low
+from cgpolicy.policyfile import NotDurable, PolicyFiles
 from cgpolicy.polkit import Authority
 from cgpolicy.rawglib import INVOCATIONS_COUNTED, address, object_unref
 from cgpolicy.reconciler import Reconciler, State, Unit
@@ -55,6 +58,7 @@ PATTERNS_LENGTH_MAX = 65536
 
 # How long one call may keep the others waiting: 1024 patterns for 10,000 units take seconds.
 SLICE_SECONDS = 0.005
+SENT_MS = 1000  # by when a long answer has been handed to the bus
 FNM_NOESCAPE = 2  # as systemctl's own patterns; glibc's fnmatch.h
 
 # Calls that wait for systemd, or for their turn, at once. A caller need not wait for answers to send more.
@@ -82,17 +86,6 @@ def free_after_reply(invocation: Any) -> None:
 
 
 _libc = ctypes.CDLL(None)
-
-M_MMAP_THRESHOLD = -3  # malloc.h
-
-
-def keep_memory_low() -> None:
-    """Have memory for long messages, which any client may send, given back to the kernel at once.
-
-    Left alone, malloc (mallopt(3)) takes the first ones for a sign that more will come, and keeps room for them.
-    """
-    _libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-
 
 def matches(name: str, patterns: list[bytes]) -> bool:
     """Tell whether one of some shell patterns matches a unit's name (fnmatch(3)).
@@ -158,6 +151,7 @@ class BusFace:
         self._watch = watch
         self._authority = authority
         self._files = files
+        self._changes = Changes()
         self._refresh = refresh
         self._enforcement = enforcement
         self._manager_last: dict[str, Any] = {}
@@ -178,6 +172,12 @@ class BusFace:
             unit.published = unit.told
             self._count(unit.name, unit)
         self._manager_last = self._manager_changing()
+
+    def close(self) -> None:
+        """Complete the changes that were accepted, and have their answers sent."""
+        self._changes.close()
+        with contextlib.suppress(GLib.Error):  # if the bus is gone
+            self._connection.flush_sync(None)
 
     # What others see --------------------------------------------------------------------------
 
@@ -319,15 +319,9 @@ class BusFace:
             raise
 
     def _authorized(
-        self, invocation: Any, verb: str, unit: str, action: str, then: Callable[[], None], *,
-        now: Callable[[], str] = lambda: "",
+        self, invocation: Any, verb: str, unit: str, action: str, then: Callable[[], None], *, panic: bool = False
     ) -> None:
-        """Go on with then() once polkit agrees, which may take as long as a person takes.
-
-        To take a panic away (now() tells what is configured) needs as much as to arm one, also if it was armed
-        while a person was asked about less.
-        """
-        panic = Action.PANIC in (action, now())
+        """Go on with then() once polkit agrees, which may take as long as a person takes."""
         action_id = f"{NAME}.{'set-panic' if panic else 'set-policy'}"
         flags = invocation.get_message().get_flags()
         interactive = bool(flags & Gio.DBusMessageFlags.ALLOW_INTERACTIVE_AUTHORIZATION)
@@ -335,13 +329,49 @@ class BusFace:
         def answered(error: UserError | None) -> None:
             if error is not None:
                 reply_error(invocation, error)
-            elif not panic and now() == Action.PANIC:
-                self._authorized(invocation, verb, unit, action, then, now=now)
             else:
                 self._guarded(invocation, then)
 
         details = {"unit": unit, "action": action, "verb": verb}
         self._authority.check(invocation.get_sender(), action_id, details, interactive, answered)
+
+    def _change(
+        self, invocation: Any, verb: str, unit: str, action: str, now: Callable[[], str],
+        write: Callable[[], Path | None], written: Callable[[Path | None], None],
+    ) -> None:
+        """Once polkit agrees have a file written in its turn, go on with its path (None: nothing changed), and answer.
+
+        To take a panic away (now() tells what is configured) needs as much as to arm one, also if it was armed
+        while a person was asked about less.
+        """
+        panic = Action.PANIC in (action, now())
+
+        def authorized() -> None:
+            done = self._wait(invocation)
+
+            def begin() -> None:
+                if not panic and now() == Action.PANIC:
+                    done()
+                    self._change(invocation, verb, unit, action, now, write, written)
+                else:
+                    self._changes.write(write, finish)
+
+            def finish(result: Callable[[], Path | None]) -> None:
+                done()
+                self._guarded(invocation, answer, result)
+
+            self._changes.add(partial(self._guarded, invocation, begin))
+
+        def answer(result: Callable[[], Path | None]) -> None:
+            try:
+                path = result()
+            except NotDurable as error:
+                written(error.path)
+                raise
+            written(path)
+            reply(invocation, None)
+
+        self._authorized(invocation, verb, unit, action, authorized, panic=panic)
 
     def _wait(self, invocation: Any) -> Callable[[], None]:
         """Count a call among those that wait; return what ends that. Raises Refused for one too many."""
@@ -396,33 +426,32 @@ class BusFace:
         action = Action.parse(word)
         check_flags(flags)
 
-        def write(own_name: str) -> None:
-            path = self._files.write_unit(own_name, action, runtime=runtime)
-            self._reconciler.drop_in_written(own_name, str(path))
-            self._reload_systemd(flags)
-            reply(invocation, None)
-
         def ask(unit: Unit) -> None:
-            # Not by an alias, which polkit's rules need not know.
-            self._authorized(invocation, "set", unit.name, action, partial(write, unit.name),
-                             now=partial(self._configured, unit.name))
+            own_name = unit.name  # not an alias, which polkit's rules need not know
+
+            def written(path: Path | None) -> None:
+                self._reconciler.drop_in_written(own_name, str(path))
+                self._reload_systemd(flags)
+
+            self._change(invocation, "set", own_name, action, partial(self._configured, own_name),
+                         partial(self._files.write_unit, own_name, action, runtime=runtime), written)
 
         self._with_unit(invocation, name, ask)
 
     def _unset_unit(self, invocation: Any, name: str, runtime: bool, flags: int) -> None:
         check_flags(flags)
 
-        def remove(own_name: str) -> None:
-            path = self._files.remove_unit(own_name, runtime=runtime)
-            if path is not None:
-                uncovered = self._files.counts_now(own_name)
-                self._reconciler.drop_in_removed(own_name, str(path), str(uncovered) if uncovered else None)
-            self._reload_systemd(flags)
-            reply(invocation, None)
-
         def ask(unit: Unit) -> None:
-            self._authorized(invocation, "unset", unit.name, "", partial(remove, unit.name),
-                             now=partial(self._configured, unit.name))
+            own_name = unit.name
+
+            def removed(path: Path | None) -> None:
+                if path is not None:
+                    uncovered = self._files.counts_now(own_name)
+                    self._reconciler.drop_in_removed(own_name, str(path), str(uncovered) if uncovered else None)
+                self._reload_systemd(flags)
+
+            self._change(invocation, "unset", own_name, "", partial(self._configured, own_name),
+                         partial(self._files.remove_unit, own_name, runtime=runtime), removed)
 
         self._with_unit(invocation, name, ask)
 
@@ -443,24 +472,17 @@ class BusFace:
         action = Action.parse(word)
         check_flags(flags)
         self._files.check_machine(machine)
-
-        def write() -> None:
-            self._files.write_machine(machine, action)
-            self._reconciler.sweep()
-            reply(invocation, None)
-
-        self._authorized(invocation, "set", machine, action, write, now=lambda: self._machine_configured(machine))
+        self._change(invocation, "set", machine, action, partial(self._machine_configured, machine),
+                     partial(self._files.write_machine, machine, action), self._machine_rule_changed)
 
     def _unset_machine(self, invocation: Any, machine: str, flags: int) -> None:
         check_flags(flags)
         self._files.check_machine(machine)
+        self._change(invocation, "unset", machine, "", partial(self._machine_configured, machine),
+                     partial(self._files.remove_machine, machine), self._machine_rule_changed)
 
-        def remove() -> None:
-            self._files.remove_machine(machine)
-            self._reconciler.sweep()
-            reply(invocation, None)
-
-        self._authorized(invocation, "unset", machine, "", remove, now=lambda: self._machine_configured(machine))
+    def _machine_rule_changed(self, path: Path | None) -> None:
+        self._reconciler.sweep()
 
     def _machine_configured(self, machine: str) -> str:
         """Return the action that a machine's rule would replace, panic if that is one of several."""
@@ -490,26 +512,31 @@ class BusFace:
         encoded = [pattern.encode() for pattern in patterns]
         units = self._reconciler.units
         names = iter(sorted(units))
-        rows = []
+        rows = GLib.VariantBuilder(GLib.VariantType("a(ssssso)"))
 
         def go_on() -> bool:
             """Look at some more units; return whether there are others."""
             until = time.monotonic() + SLICE_SECONDS
             for name in names:
                 if name in units and (not patterns or matches(name, encoded)):
-                    rows.append(row(units[name]))
+                    rows.add_value(row(units[name]))
                 if time.monotonic() > until:
                     return True
-            reply(invocation, GLib.Variant("(a(ssssso))", (rows,)))
+            reply(invocation, GLib.Variant.new_tuple(rows.end()))
             return False
 
         if go_on():
             done = self._wait(invocation)
 
+            def sent() -> bool:
+                give_back_memory()
+                return False
+
             def again() -> bool:
                 more = go_on()
                 if not more:
                     done()
+                    buscall.after(SENT_MS, sent)
                 return more
 
             buscall.after(0, again)
@@ -539,11 +566,14 @@ class BusFace:
         self._authorized(invocation, "reload", "", "", lambda: self._refresh(lambda: reply(invocation, None)))
 
 
-def row(unit: Unit) -> tuple[str, str, str, str, str, str]:
+def row(unit: Unit) -> Any:
     """Return a unit's row of ListUnits."""
     kind, _, _ = unit.source
     effective = str(unit.effective.action)
-    return unit.name, unit.configured, str(kind), effective, str(unit.state), unit_path(unit.name)
+    words = unit.name, unit.configured, str(kind), effective, str(unit.state), unit_path(unit.name)
+    value = GLib.Variant("(ssssso)", words)
+    value.get_data()  # has it serialized: of 10,000 units the strings themselves would take 10 MiB
+    return value
 
 
 def check_flags(flags: int) -> None:

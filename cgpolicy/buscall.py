@@ -14,7 +14,7 @@ import ctypes
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from ctypes import c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import c_char_p, c_int, c_size_t, c_ssize_t, c_uint, c_void_p
 from functools import cache
 from typing import Any
 
@@ -54,6 +54,7 @@ _call_finish = function(gio, "g_dbus_connection_call_finish", c_void_p, c_void_p
 _timeout_add = function(glib, "g_timeout_add_full", c_uint, c_int, c_uint, _SourceFunc, c_void_p, c_void_p)
 _new_string = function(glib, "g_variant_new_string", c_void_p, c_char_p)
 _new_tuple = function(glib, "g_variant_new_tuple", c_void_p, ctypes.POINTER(c_void_p), c_size_t)
+_new_strv = function(glib, "g_variant_new_strv", c_void_p, ctypes.POINTER(c_char_p), c_ssize_t)
 _ref_sink = function(glib, "g_variant_ref_sink", c_void_p, c_void_p)
 _unref = function(glib, "g_variant_unref", None, c_void_p)
 _type = function(glib, "g_variant_get_type_string", c_char_p, c_void_p)
@@ -131,22 +132,24 @@ def get(
 
 
 def table(
-    connection: Any, service: str, path: str, interface: str, method: str, columns: Sequence[int], timeout_ms: int,
-    done: Callable[[Iterable[tuple[str, ...]] | None], None],
+    connection: Any, service: str, path: str, interface: str, method: str, lists: Sequence[Sequence[str]],
+    columns: Sequence[int], timeout_ms: int, done: Callable[[Iterable[tuple[str, ...]] | None], None],
 ) -> None:
-    """Hand over columns, which must be strings, of the table that a method without arguments returns.
+    """Hand over columns, which must be strings, of the table that a method whose arguments are lists returns.
 
     The rows are good until done() returns; it gets None if the call failed.
     """
+    strings = [(c_char_p * len(words))(*(word.encode() for word in words)) for words in lists]
+    arguments = (c_void_p * len(lists))(*(_new_strv(words, len(words)) for words in strings))
 
     def answered(reply: int | None) -> None:
         done(_columns(columns, reply) if reply else None)
 
-    _ask(connection, service, path, interface, method, None, timeout_ms, answered)
+    _ask(connection, service, path, interface, method, _new_tuple(arguments, len(lists)), timeout_ms, answered)
 
 
 def _ask(
-    connection: Any, service: str, path: str, interface: str, method: str, arguments: int | None, timeout_ms: int,
+    connection: Any, service: str, path: str, interface: str, method: str, arguments: int, timeout_ms: int,
     done: Callable[[int | None], None],
 ) -> None:
     def answered(source: int, result: int) -> None:

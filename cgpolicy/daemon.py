@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import signal
 import sys
 import time
@@ -37,6 +36,7 @@ from cgpolicy.client import NAME
 from cgpolicy.enforcement import Enforcement
 from cgpolicy.enforcer import Armed, Ended, Enforcer, Fault, Missed, Unarmed
 from cgpolicy.error import UserError
+from cgpolicy.heap import give_back_memory
 from cgpolicy.libsystemd import part
 from cgpolicy.losses import FileLoss, LossReader, by_file
 from cgpolicy.losstally import WINDOW, LossTally
@@ -70,14 +70,6 @@ def lasting(handler: Callable[..., None]) -> Callable[..., bool]:
         return True
 
     return call
-
-
-def give_back_memory() -> None:
-    """Return to the kernel what a round over all units took for a moment, and the C library keeps for the next one."""
-    _libc.malloc_trim(0)
-
-
-_libc = ctypes.CDLL(None)
 
 
 class Daemon:
@@ -132,6 +124,8 @@ class Daemon:
         self.start_watchdog()
         self.loop.run()
         sd_daemon.notify(False, stopping=1)
+        if self.face is not None:
+            self.face.close()
         # What the kernel was told stays in force; only the private tracing instance goes.
         self.losses.close()
         if self.enforcer is not None:
@@ -212,6 +206,7 @@ class Daemon:
         waiting, self._refresh_asked = self._refresh_asked, []
 
         def listed(loaded: dict[str, str] | None) -> None:
+            give_back_memory()
             # PID 1 that does not answer, executed anew for instance, is no reason to forget what it said.
             if loaded is None:
                 loaded = dict.fromkeys(self.reconciler.units, "")

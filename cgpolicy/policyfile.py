@@ -59,6 +59,14 @@ def read_regular(path: str | Path) -> bytes:
     return data
 
 
+class NotDurable(WriteFailed):
+    """A change of the file at path that stands, but may not outlast a loss of power."""
+
+    def __init__(self, path: Path, message: str, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.path = path
+
+
 class PolicyFiles:
     """Below a root directory that is / but in tests. Every OSError becomes WriteFailed, which says what stands."""
 
@@ -224,7 +232,7 @@ class PolicyFiles:
         try:
             os.fsync(directory)
         except OSError as error:
-            raise WriteFailed(f"{path.parent}: {error.strerror}", hint=hint) from None
+            raise NotDurable(path, f"{path.parent}: {error.strerror}", hint=hint) from None
 
     @contextlib.contextmanager
     def _directory(self, path: Path, *, make: bool) -> Iterator[int]:

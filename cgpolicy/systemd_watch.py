@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from types import MappingProxyType
@@ -20,6 +20,12 @@ from cgpolicy.unitname import POLICY_TYPES, bus_label_unescape, unit_type
 
 # Calls under way at once; the bus allows 128 replies to be pending for a connection (dbus-daemon(1), system.conf).
 WINDOW = 64
+
+# Many units are listed in parts that differ in how the names end (before the suffix; fnmatch(3)): the list of 10,000
+# takes 13 MiB, and numbers or hexadecimal digits tell so many apart. Not few, since each part waits for whatever
+# PID 1 does before. Mount, scope, service, slice, socket, swap begin with m or s.
+PARTS = tuple(f"*{last}.[ms]*" for last in ("[01]", "[23]", "[45]", "[67]", "[89]", "[!0-9]"))
+MANY = 1000
 
 # PID 1 answers nothing while it reloads, which takes seconds on a host with many units.
 TIMEOUT_MS = 120_000
@@ -60,6 +66,7 @@ class SystemdWatch:
         # its signals about single units are noise: whoever listens would read everything twice more.
         self._anew = 0
         self._listed = 0
+        self._loaded_before = 0  # how many units were listed last
         # A question about a unit makes PID 1 load it, announce it, and unload it if nobody needs it. To ask again
         # because of that announcement would never end.
         self._ended: OrderedDict[str, float] = OrderedDict()  # when a unit was read last
@@ -84,40 +91,42 @@ class SystemdWatch:
 
     def list_units(self, done: Callable[[dict[str, str] | None], None]) -> None:
         """Hand over the loaded units that can have a policy with their LoadState, None if PID 1 does not answer."""
-        asked = self._anew
+        parts = [[pattern] for pattern in PARTS] if self._loaded_before > MANY else [list(PARTS)]
+        self._list_part(iter(parts), self._anew, {}, done)
+
+    def _list_part(
+        self, parts: Iterator[list[str]], asked: int, units: dict[str, str],
+        done: Callable[[dict[str, str] | None], None],
+    ) -> None:
+        patterns = next(parts, None)
+        if patterns is None:
+            self._loaded_before = len(units)
+            done(units or None)
+            return
 
         def listed(rows: Iterable[tuple[str, ...]] | None) -> None:
-            self._listed = asked
-            done({name: sys.intern(state) for name, state in rows or () if unit_type(name) in POLICY_TYPES} or None)
+            self._listed = asked  # of the other parts, too: they are asked for later than this
+            if rows is None:
+                done(None)
+                return
+            units.update((name, sys.intern(state)) for name, state in rows if unit_type(name) in POLICY_TYPES)
+            buscall.after(0, go_on)  # without the answer
 
-        buscall.table(self._bus.con, SERVICE, MANAGER_PATH, MANAGER, "ListUnits", (0, 2), TIMEOUT_MS, listed)
+        def go_on() -> bool:
+            self._list_part(parts, asked, units, done)
+            return False
+
+        lists: tuple[list[str], ...] = ([], patterns)
+        buscall.table(
+            self._bus.con, SERVICE, MANAGER_PATH, MANAGER, "ListUnitsByPatterns", lists, (0, 2), TIMEOUT_MS, listed
+        )
 
     def read_all(self, units: Mapping[str, str], done: Callable[[list[UnitFacts]], None]) -> None:
         """Read many units whose LoadState is known; done comes once, with those that could be read.
 
         What the cgroup file system tells of all at once is not asked for: ControlGroup is left "".
         """
-        found: list[UnitFacts] = []
-        missing = len(units)
-        waiting = iter(units.items())
-        if not units:
-            done(found)
-
-        def one(unit: UnitFacts | None) -> None:
-            nonlocal missing
-            missing -= 1
-            if unit is not None:
-                found.append(unit)
-            begin(1)
-            if not missing:
-                done(found)
-
-        def begin(count: int) -> None:
-            for name, load_state in islice(waiting, count):
-                self.read(name, one, {"LoadState": load_state, "ControlGroup": ""} if load_state else {})
-
-        # Not all at once: what is to be asked of 10,000 units takes 20 MiB, which Python would not give back.
-        begin(WINDOW)
+        _Round(self.read, units, done).begin(WINDOW)
 
     def find(self, name: str, done: Callable[[str | None], None]) -> None:
         """Hand over the name under which PID 1 keeps a unit, another one if this is an alias; None if it cannot."""
@@ -270,6 +279,36 @@ class SystemdWatch:
         if new:
             # A new bus client: subscriptions are gone with the old one (daemon-reexec).
             self._call(MANAGER_PATH, MANAGER, "Subscribe", None, lambda values: self._refresh())
+
+
+class _Round:
+    """Reads many units, some at a time: what is to be asked of 10,000 takes 20 MiB, which Python would not give back.
+
+    Not functions that refer to each other: Python would find such a circle, and all that it holds, only after a while.
+    """
+
+    def __init__(
+        self, read: Callable[[str, Read, Mapping[str, object]], None], units: Mapping[str, str],
+        done: Callable[[list[UnitFacts]], None],
+    ) -> None:
+        self._read = read
+        self._waiting = iter(units.items())
+        self._missing = len(units)
+        self._done = done
+        self._found: list[UnitFacts] = []
+
+    def begin(self, count: int) -> None:
+        """Begin to read so many more."""
+        if not self._missing:
+            self._done(self._found)
+        for name, load_state in islice(self._waiting, count):
+            self._read(name, self._one, {"LoadState": load_state, "ControlGroup": ""} if load_state else {})
+
+    def _one(self, unit: UnitFacts | None) -> None:
+        self._missing -= 1
+        if unit is not None:
+            self._found.append(unit)
+        self.begin(1)
 
 
 def strip(handler: Callable[..., None], sender: str, path: str, interface: str, signal: str, values: Any) -> None:

@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ SYSTEMD_XML = f"""<node>
     <method name="Subscribe"/>
     <method name="Reload"/>
     <method name="LoadUnit"><arg type="s" direction="in"/><arg type="o" direction="out"/></method>
-    <method name="ListUnits"><arg type="a(ssssssouso)" direction="out"/></method>
+    <method name="ListUnitsByPatterns">
+      <arg type="as" direction="in"/><arg type="as" direction="in"/><arg type="a(ssssssouso)" direction="out"/>
+    </method>
     <signal name="UnitNew"><arg type="s"/><arg type="o"/></signal>
     <signal name="UnitRemoved"><arg type="s"/><arg type="o"/></signal>
     <signal name="JobRemoved"><arg type="u"/><arg type="o"/><arg type="s"/><arg type="s"/></signal>
@@ -180,9 +183,10 @@ class FakeSystemd:
             self.reload()
             invocation.return_value(None)
         else:
+            _, patterns = arguments.unpack()
             rows = [(name, name, "loaded", "active", "running", "", unit_path(name), 0, "", "/")
-                    for name in sorted(self.listed)]
-            rows.append(("basic.target", "", "loaded", "active", "active", "", unit_path("basic.target"), 0, "", "/"))
+                    for name in sorted({*self.listed, "basic.target", "sys-module-fuse.s.target"})
+                    if any(fnmatchcase(name, pattern) for pattern in patterns)]
             invocation.return_value(GLib.Variant("(a(ssssssouso))", (rows,)))
 
     def _unit(

@@ -31,7 +31,7 @@ PROPERTIES = "org.freedesktop.DBus.Properties"
 NOBODY = 65534
 
 WINDOW = 48  # outstanding calls of one connection; cgpolicyd refuses the 65th that has to wait
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 300_000  # to an answer; a guest on a busy host can take a minute for a look at all units
 GROWTH_MAX_KIB = 2048
 
 SIGNATURES = {
@@ -181,10 +181,15 @@ def daemon_pid(connection: Any) -> int:
     return int(reply.unpack()[0])
 
 
-def resident_kib(pid: int) -> int:
+def resident_kib(pid: int, field: str = "VmRSS") -> int:
     """Return a process' resident memory."""
     with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
+        return next(int(line.split()[1]) for line in file if line.startswith(f"{field}:"))
+
+
+def peak_kib(pid: int) -> int:
+    """Return the most that a process' resident memory has been."""
+    return resident_kib(pid, "VmHWM")
 
 
 def ping(connection: Any) -> None:

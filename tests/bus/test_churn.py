@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tests.bus.hostile import GROWTH_MAX_KIB, resident_kib
+from tests.bus.hostile import GROWTH_MAX_KIB, peak_kib, resident_kib
 from tests.bus.privatebus import wait
 from tests.bus.world import World
 from tests.scale import scaled
@@ -54,3 +54,23 @@ def test_units_that_come_and_go(world: World) -> None:
     print(f"{ROUNDS} rounds, resident KiB: {resident}")
     assert resident[-1] - resident[0] < GROWTH_MAX_KIB
     assert world.root_client.get("NUnits") == 1
+
+
+UNITS = scaled(600, 10_000)
+
+
+def test_what_is_read_anew(world: World) -> None:
+    """What was known of all units before goes when they are read again, and takes no room beside it for long."""
+    for number in range(UNITS):
+        world.service(f"bulk-{number:05}.service", cgroup="")
+    daemon = world.start()
+    resident = []
+    for _ in range(8):
+        world.root_client.call("Reload")
+        resident.append(resident_kib(daemon.pid))
+    world.root_client.call("ListUnits", "(as)", [])
+    resident.append(resident_kib(daemon.pid))
+    peak = peak_kib(daemon.pid)
+    print(f"{UNITS} units read eight times and listed, resident KiB: {resident}, {peak} at most")
+    assert resident[-1] - resident[1] < UNITS // 2
+    assert peak - resident[1] < UNITS // 2

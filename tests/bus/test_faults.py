@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Faults in the middle of a change: killed at any system call, no space, a file system that turned read-only.
+"""Faults in the middle of a change: killed at any system call, no space, a file system read-only by now, a slow disk.
 
 strace(1) makes the kernel do it, so that no step of the daemon or of what lies below it is left out.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +22,7 @@ import pytest
 
 from cgpolicy.client import NAME
 from tests.bus.privatebus import Call, Failed, wait
+from tests.bus.test_authorization import ANSWER_SECONDS
 from tests.bus.world import World, drop_in
 from tests.scale import is_full
 
@@ -35,21 +38,66 @@ CALLS = ("?open,openat,mkdir,mkdirat,unlink,unlinkat,rmdir,write,pwrite64,ftrunc
          "rename,renameat,renameat2,setxattr,removexattr")
 FAILED_CALLS = "openat,mkdir,mkdirat,write,fchmod,fsync,rename,renameat,renameat2,setxattr"
 
+MAIN_LOOP, WRITER = 0, 1  # of threads()
+
+
+def threads(daemon: subprocess.Popen[bytes]) -> list[int]:
+    """Return the threads that run the daemon's code, that of the main loop first; the others are GLib's."""
+    found = sorted(int(task.name) for task in Path(f"/proc/{daemon.pid}/task").iterdir())
+    names = {thread: Path(f"/proc/{thread}/comm").read_text() for thread in found}
+    return [thread for thread in found if names[thread] == names[daemon.pid]]
+
 
 @contextlib.contextmanager
-def injected(pid: int, calls: str, fault: str, paths: Sequence[Path] = ()) -> Iterator[None]:
-    """Have the kernel inject a fault into system calls of a process meanwhile, of those on some paths if given."""
-    command = ["strace", "-qq", "-o", "/dev/null", "-p", str(pid), "-e", f"trace={calls}",
-               "-e", f"inject={calls}:{fault}", *(f"--trace-path={path}" for path in paths)]
+def traced(pids: Sequence[int], calls: str, *options: str, paths: Sequence[Path] = ()) -> Iterator[None]:
+    """Have strace attached to threads meanwhile, for some system calls, of those on some paths if given."""
+    command = ["strace", "-qq", *(f"--attach={thread}" for thread in pids), f"--trace={calls}", *options,
+               *(f"--trace-path={path}" for path in paths)]
     with subprocess.Popen(command) as strace:
         try:
             began = time.monotonic()
-            while f"TracerPid:\t{strace.pid}\n" not in Path(f"/proc/{pid}/status").read_text():
-                assert strace.poll() is None and time.monotonic() - began < 20, "strace does not attach"
-                time.sleep(0.001)  # nothing tells of it
+            for thread in pids:
+                while f"TracerPid:\t{strace.pid}\n" not in Path(f"/proc/{thread}/status").read_text():
+                    assert strace.poll() is None and time.monotonic() - began < 20, "strace does not attach"
+                    time.sleep(0.001)  # nothing tells of it
             yield
         finally:
             strace.terminate()
+
+
+def injected(
+    pids: Sequence[int], calls: str, fault: str, paths: Sequence[Path] = ()
+) -> contextlib.AbstractContextManager[None]:
+    """Have the kernel inject a fault into system calls of threads meanwhile."""
+    return traced(pids, calls, "--output=/dev/null", f"--inject={calls}:{fault}", paths=paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A system call of a change: the thread's place in threads(), the call's name, and how many there were of it.
+
+    strace counts those of each thread and each name by themselves.
+    """
+
+    thread: int
+    name: str
+    count: int
+
+
+def points(world: World, calls: str, act: Callable[[], object], paths: Sequence[Path] = ()) -> list[Point]:
+    """Return the system calls that the daemon makes while something is done, each thread's in order."""
+    assert world.daemon is not None
+    pids = threads(world.daemon)
+    log = world.root / "strace"
+    with traced(pids, calls, f"--output={log}", paths=paths):
+        act()
+        world.settle()
+    begun: Counter[tuple[int, str]] = Counter()
+    found = []
+    for pid, name in re.findall(r"^(\d+) +(\w+)\(", log.read_text(), re.MULTILINE):
+        begun[int(pid), name] += 1
+        found.append(Point(pids.index(int(pid)), name, begun[int(pid), name]))
+    return sorted(found, key=lambda point: point.thread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +143,17 @@ def has_ended(daemon: subprocess.Popen[bytes], call: Call) -> bool:
     return daemon.poll() is not None or call.answered
 
 
+def lives(world: World) -> bool:
+    """Tell whether the daemon answers, strace being gone: it may have been killed only after its last answer."""
+    assert world.daemon is not None
+    try:
+        world.root_client.get("Version")
+    except Failed:
+        world.daemon.wait()
+        return False
+    return True
+
+
 def put_back(world: World, change: Change) -> None:
     """Set what was set before, by the daemon itself."""
     machine = change.file == RULE
@@ -114,35 +173,41 @@ def test_killed_at_any_system_call(world: World, change: Change) -> None:
     prepare(world)
     put_back(world, change)
     old = change.said(world)
-    world.root_client.call(*change.call)
+    world.root_client.call(*change.call)  # makes directories that stay
     new = change.said(world)
+    put_back(world, change)
+    calls = points(world, CALLS, lambda: world.root_client.call(*change.call))
     assert old != new
+    writing = [point for point in calls if point.thread == WRITER]
+    assert {"fsync", "renameat" if change.after else "unlinkat"} <= {point.name for point in writing}
+    stride = 1 if is_full() or change is CHANGES["set another"] else 5
     seen = set()
-    stride = 1 if is_full() or change is CHANGES["set another"] else 3
-    step, killed = 1 - stride, True
-    while killed:
-        step += stride
+    for point in writing + [point for point in calls if point.thread == MAIN_LOOP][::stride]:
         put_back(world, change)
         assert change.said(world) == old
         assert world.daemon is not None
-        with injected(world.daemon.pid, CALLS, f"signal=KILL:when={step}"):
+        pid = threads(world.daemon)[point.thread]
+        with injected([pid], point.name, f"signal=KILL:when={point.count}"):
             call = world.root_client.start(*change.call)
             wait(partial(has_ended, world.daemon, call), "an end")
-        killed = world.daemon.poll() is not None
+        killed = not lives(world)
+        assert killed or point.thread == MAIN_LOOP, point  # which wakes others up a varying number of times
+        if killed and not world.tree.said(change.cgroup):
+            world.tree.say(change.cgroup, old[1])  # unlike a plain file, that of a cgroup is never empty
         file, value = change.said(world)
         # No other file is read by anybody, whatever is left of it.
-        assert file in (old[0], new[0]) and value in (old[1], new[1]), step
-        seen.add((file == new[0], value == new[1]))
+        assert file in (old[0], new[0]) and value in (old[1], new[1]), point
+        seen.add((point.thread, file == new[0], value == new[1]))
         if killed:
             wait(lambda: world.root_client.owner(NAME) is None, f"{NAME} to be free")
             world.start()
         else:
             call.result()
         world.settle()
-        assert change.said(world) in (old, new), f"step {step}: {file!r} and {value} before the restart"
+        assert change.said(world) in (old, new), f"{point}: {file!r} and {value} before the restart"
         assert change.said(world)[0] == file
     # It was killed before the file was new, and after; otherwise nothing was seen.
-    assert step > 4 and {(False, False), (True, True)} <= seen
+    assert {(WRITER, False, False), (WRITER, True, False), (MAIN_LOOP, True, True)} <= seen
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS, errno.EIO] if is_full() else [errno.ENOSPC])
@@ -154,30 +219,33 @@ def test_a_system_call_that_fails(world: World, change: Change, fault: int) -> N
     assert daemon is not None
     put_back(world, change)
     old = change.said(world)
+    path = world.root / change.file
+    paths = [path, path.parent, path.parent.parent, path.with_name(f".{path.name}.new")]
     world.root_client.call(*change.call)
     new = change.said(world)
     put_back(world, change)
-    path = world.root / change.file
-    paths = [path, path.parent, path.parent.parent, path.with_name(f".{path.name}.new")]
-    failures = 0
-    for step in range(1, 16, 1 if is_full() else 2):
+    calls = points(world, FAILED_CALLS, lambda: world.root_client.call(*change.call), paths)
+    put_back(world, change)
+    failures = []
+    for point in calls:
         failed: Failed | None = None
-        with injected(daemon.pid, FAILED_CALLS, f"error={errno.errorcode[fault]}:when={step}", paths):
+        failing = f"error={errno.errorcode[fault]}:when={point.count}"
+        with injected([threads(daemon)[point.thread]], point.name, failing, paths):
             try:
                 world.root_client.call(*change.call)
             except Failed as error:
                 failed = error
         world.settle()
         if failed is not None:
-            failures += 1
+            failures.append(point.name)
             assert failed.name.startswith(f"{NAME}.Error."), failed
             assert "internal error" not in failed.message
         said = change.said(world)
-        assert said[0] in (old[0], new[0]) and (failed is not None or said[0] == new[0]), step
+        assert said[0] in (old[0], new[0]) and (failed is not None or said[0] == new[0]), point
         world.root_client.call("Reload")
-        assert change.said(world) in (old, new), f"step {step}: {failed}"
+        assert change.said(world) in (old, new), f"{point}: {failed}"
         put_back(world, change)
-    assert failures
+    assert "fsync" in failures and ("renameat" in failures or not change.after)
     assert daemon.poll() is None
 
 
@@ -225,3 +293,90 @@ def test_file_system_that_takes_nothing(
         subprocess.run(["mount", "-o", "remount,rw,size=1m", str(system)], check=True)
         world.root_client.call(*set_unit("panic"))
         assert world.tree.said(WEB) == "panic"
+
+
+# A slow disk ----------------------------------------------------------------------------------
+
+FSYNC_SECONDS = 0.5
+
+
+@contextlib.contextmanager
+def slow_disk(world: World) -> Iterator[None]:
+    """Have each fsync() of the daemon take its time meanwhile."""
+    world.root_client.call(*set_unit("continue"))  # the thread that writes is there from the first change on
+    assert world.daemon is not None
+    with injected(threads(world.daemon), "fsync", f"delay_enter={FSYNC_SECONDS * 1e6:.0f}"):
+        yield
+
+
+def test_a_slow_disk_keeps_nobody_else_waiting(world: World) -> None:
+    world.service("web.service")
+    world.service("late.service", "MemoryFailureDirtyAction=kill", cgroup="")
+    world.start()
+    other = world.nobody()
+    slowest: list[float] = []
+    with slow_disk(world):
+        for action in ("kill", "panic", "kill"):
+            times = []
+            first = world.root_client.start(*set_unit(action))
+            # A unit's cgroup appears.
+            world.tree.make("/system.slice/late.service")
+            wait(lambda: world.tree.said("/system.slice/late.service") == "kill", "its policy")
+            assert not first.answered
+            world.tree.remove("/system.slice/late.service")
+            while not first.answered:
+                sent = time.monotonic()
+                other.call("Explain", "(s)", "web.service")
+                times.append(time.monotonic() - sent)
+            first.result()
+            assert world.tree.said(WEB) == action
+            slowest.append(max(times))
+            if slowest[-1] < ANSWER_SECONDS:
+                break
+    print(f"slowest answers while an fsync() takes {FSYNC_SECONDS} s: {slowest}")
+    assert min(slowest) < ANSWER_SECONDS
+
+
+def test_changes_are_made_in_the_order_in_which_they_came(world: World) -> None:
+    world.service("web.service")
+    world.start()
+    with slow_disk(world):
+        calls = [world.root_client.start(*call) for call in (
+            set_unit("kill"), CHANGES["unset"].call, set_unit("continue"), CHANGES["unset"].call, set_unit("panic"))]
+        for number, call in enumerate(calls):
+            call.result()
+            assert not any(later.answered for later in calls[number + 2:])
+    assert (world.root / PERSISTENT).read_bytes().endswith(drop_in("panic"))
+    assert world.tree.said(WEB) == "panic"
+
+
+def test_a_panic_that_is_being_armed_is_as_hard_to_disarm(world: World) -> None:
+    world.service("web.service")
+    world.start()
+    polkit = world.polkit()
+    with slow_disk(world):
+        panic = world.root_client.start(*set_unit("panic"))
+        disarm = world.nobody().start(*set_unit("kill"))
+        wait(lambda: polkit.questions, "polkit to be asked")
+        assert not panic.answered
+        polkit.answer = "deny"
+        panic.result()
+        with pytest.raises(Failed):
+            disarm.result()
+    assert [question.action_id for question in polkit.questions] == [f"{NAME}.set-policy", f"{NAME}.set-panic"]
+    assert world.tree.said(WEB) == "panic"
+
+
+def test_what_was_accepted_is_done_before_the_end(world: World) -> None:
+    world.service("web.service")
+    daemon = world.start()
+    with slow_disk(world):
+        calls = [world.root_client.start(*set_unit(action)) for action in ("kill", "panic")]
+        world.settle()
+        daemon.terminate()
+        wait(lambda: daemon.poll() is not None, "the daemon's end")
+        assert daemon.returncode == 0
+        for call in calls:
+            call.result()
+    assert (world.root / PERSISTENT).read_bytes().endswith(drop_in("panic"))
+    assert world.tree.said(WEB) == "panic"

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+import string
 from pathlib import Path
 
 import pytest
 
 from cgpolicy.client import NAME, UNIT
 from cgpolicy.systemd import SERVICE
+from cgpolicy.systemd_watch import MANY
 from tests.bus.privatebus import Signal, wait
 from tests.bus.world import World, drop_in, unit_object
 
@@ -153,6 +155,22 @@ def test_echo_of_a_question_is_not_answered_by_another(world: World) -> None:
         world.settle()
     assert world.systemd.gets["late.service"] == 5
     assert world.unit("late.service")["State"] == "inactive"
+
+
+def test_every_unit_is_found(world: World) -> None:
+    """However its name ends: PID 1 is asked for a long list in parts."""
+    names = [f"a{last}.service" for last in f"{string.ascii_letters}{string.digits}:-_.\\"]
+    names += ["a.mount", "a.scope", "a.slice", "a.socket", "a.swap", "a@1.service", "a.service.mount", "7.s.service"]
+    for name in names:
+        world.systemd.add(name, fragment=world.write_fragment(name, KILL))
+    many = [f"many-{number}.scope" for number in range(MANY)]
+    for name in many:
+        world.systemd.add(name)
+    world.start()
+    for _ in range(2):  # all at once, and in parts
+        assert {row[0] for row in world.root_client.call("ListUnits", "(as)", [])} == {
+            *names, *many, "-.slice", "machine.slice", "system.slice"}
+        world.root_client.call("Reload")
 
 
 def test_reload_of_systemd_is_followed(world: World) -> None:

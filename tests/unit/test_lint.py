@@ -16,10 +16,10 @@ PACKAGE = TREE / "cgpolicy"
 
 # What is true, what the machine says, and what runs.
 TRUE = {"action", "dropin", "enforcement", "error", "unitname", "unitfile", "setting", "resolve"}
-SAID = {"btf", "buscall", "cgroupfs", "journal", "kprobes", "libsystemd", "losses", "machined", "policyfile",
+SAID = {"btf", "buscall", "cgroupfs", "heap", "journal", "kprobes", "libsystemd", "losses", "machined", "policyfile",
         "policytable", "polkit", "rawglib", "subtree", "systemd", "systemd_watch"}
-RUNS = {"bus", "cli", "client", "daemon", "doctor", "enforcer", "losstally", "offline", "reactor", "reconciler",
-        "status", "urgency"}
+RUNS = {"bus", "changes", "cli", "client", "daemon", "doctor", "enforcer", "losstally", "offline", "reactor",
+        "reconciler", "status", "urgency"}
 
 BINDINGS = {"gi", "pydbus", "pystemd"}
 OUTSIDE = {"ctypes", "glob", "io", "logging", "os", "pathlib", "shutil", "signal", "socket", "subprocess", "tempfile"}
