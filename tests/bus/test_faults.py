@@ -22,7 +22,6 @@ import pytest
 
 from cgpolicy.client import NAME
 from tests.bus.privatebus import Call, Failed, wait
-from tests.bus.test_authorization import ANSWER_SECONDS
 from tests.bus.world import World, drop_in
 from tests.scale import is_full
 
@@ -331,10 +330,11 @@ def test_a_slow_disk_keeps_nobody_else_waiting(world: World) -> None:
             first.result()
             assert world.tree.said(WEB) == action
             slowest.append(max(times))
-            if slowest[-1] < ANSWER_SECONDS:
+            if slowest[-1] < FSYNC_SECONDS / 10:
                 break
     print(f"slowest answers while an fsync() takes {FSYNC_SECONDS} s: {slowest}")
-    assert min(slowest) < ANSWER_SECONDS
+    # Whoever waited for the disk waited for it twice: for the file and for its directory.
+    assert min(slowest) < FSYNC_SECONDS / 2
 
 
 def test_changes_are_made_in_the_order_in_which_they_came(world: World) -> None:
