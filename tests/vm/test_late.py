@@ -22,8 +22,8 @@ PANIC = 99
 Told = dict[str, list[dict[str, Any]]]
 
 ROUNDS = scaled(2, 50)
-STORM_PAGES = scaled(500, 100_000)
-TIMEOUT = scaled(1200, 7200)
+STORM_PAGES = scaled(500, 5_000)
+TIMEOUT = scaled(1200, 5400)
 
 # Of the true panics, the first and no more in a usual run; "large" is P3 where the kernel cannot split it.
 PANICS = [
