@@ -458,8 +458,12 @@ def lacking() -> None:
         must("mount", "--bind", str(empty), path)
         doctor(lack)
         must("umount", path)
-    # There is no way back from this one.
+    # There is no way back from this one. A daemon that is armed already finds its probes' files shut.
+    must("systemctl", "start", "cgpolicyd")
+    wait_for(lambda: properties("kills.service").get("State") == "applied")
     Path("/sys/kernel/security/lockdown").write_text("confidentiality")
+    wait_for(lambda: properties("kills.service").get("State") == "not-enforced")
+    tell(step="locked down later", status=must("cgpolicy", "status"))
     doctor("lockdown")
     must("systemctl", "restart", "cgpolicyd")  # doctor's question to it may have started it
     tell(step="locked down", status=must("cgpolicy", "status"), unit=properties("kills.service")["State"])
