@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import mmap
 import os
@@ -368,7 +369,6 @@ def disturbed() -> None:
     """See what the probes say when others meddle with them."""
     probes = Probes("cgpolicy-disturbed")
     instance = TRACING / "instances/cgpolicy_disturbed"
-    events = [path for path in (instance / "events/cgpolicy_disturbed").glob("*/enable")]
     probes.arm()
     events = sorted((instance / "events/cgpolicy_disturbed").glob("*/enable"))
     (outcome,) = instance.glob("events/*/memory_failure_event/filter")
@@ -378,7 +378,12 @@ def disturbed() -> None:
     losses = {}
     for path, value in meddling:
         before = path.read_text().strip()
-        path.write_text(value)
+        try:
+            path.write_text(value)
+        except OSError as error:
+            if (path.name, error.errno) != ("ftrace_enabled", errno.ENOTSUP):
+                raise
+            continue  # newer kernels do not let it be switched off
         faults[str(path)] = probes.faults()
         losses[str(path)] = len(lose_one(probes))
         probes.disarm()
