@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cgpolicy.btf import Btf
 from cgpolicy.error import UserError
-from cgpolicy.kprobes import LEVELS, Event, LateLoss, LossProbes, disarm_leftovers
+from cgpolicy.kprobes import LEVELS, Event, LateLoss, LossProbes, append, disarm_leftovers
 from tests.kernel.guest import negatives
 from tests.kernel.guest.pagecache import (
     CGROUPS,
@@ -394,8 +394,7 @@ def disturbed() -> None:
     losses["again"] = len(lose_one(probes))
     # Who has the name of a probe can enable it elsewhere, and others can have a probe in the same place.
     kprobes = TRACING / "kprobe_events"
-    with open(kprobes, "a") as file:
-        file.write("p:other/dirty me_pagecache_dirty\n")
+    append(kprobes, "p:other/dirty me_pagecache_dirty")
     for group in ("other", "cgpolicy_disturbed"):
         (TRACING / "events" / group / "enable").write_text("1")
     losses["with another"] = len(lose_one(probes))
@@ -409,8 +408,7 @@ def disturbed() -> None:
     after = probes.leftovers()
     others = kprobes.read_text().splitlines()
     (TRACING / "events/other/enable").write_text("0")
-    with open(kprobes, "a") as file:
-        file.write("-:other/dirty\n")
+    append(kprobes, "-:other/dirty")
     tell(step="disturbed", faults=faults, losses=losses, emptied=emptied, after=after, others=others)
 
 
