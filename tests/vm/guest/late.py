@@ -343,6 +343,20 @@ def memory(field: str) -> int:
     return int(line.split()[1])
 
 
+def is_applied(unit: str) -> bool:
+    """Tell whether the daemon has seen to a unit's present cgroup, and not only to that of the run before."""
+    known = properties(unit)
+    with contextlib.suppress(OSError):
+        return (known.get("State"), known.get("ControlGroupId")) == ("applied", UnitCgroup(unit).id)
+    return False
+
+
+def not_killed(unit: str) -> SystemExit:
+    """Return all that is known of a unit that should be dead."""
+    said = must("journalctl", "-o", "cat", "-n", "40", "-t", "cgpolicyd")
+    return SystemExit(f"{unit} was not killed: {properties(unit)}\n{said}")
+
+
 def innocent(monitor: Monitor, rounds: int) -> None:
     """Lose pages of a unit one after the other while it dies of the first and begins anew.
 
@@ -355,11 +369,14 @@ def innocent(monitor: Monitor, rounds: int) -> None:
         restart = "[Service]\nRestart=always\nRestartSec=0\n" if number % 2 else ""
         write(SYSTEM / "kills.service.d/restart.conf", restart)
         must("systemctl", "daemon-reload")
-        wait_for(lambda: properties("kills.service").get("State") == "applied")
+        if not wait_for(lambda: is_applied("kills.service")):
+            raise not_killed("kills.service")
         before, restarts = main_pid("kills"), number_of_restarts()
         with target("ext4") as file:
             process, frames = holder("kills.service", file, "write", pages=pages)
             storm = Process(None, partial(inject, frames=frames))
+            if not select.select([process.pidfd], [], [], WAIT_SECONDS)[0]:
+                raise not_killed("kills.service")
             status = process.wait()
             if not restart:
                 wait_for(lambda: state("kills.service")[0] == "failed")
@@ -458,8 +475,12 @@ def lacking() -> None:
         must("mount", "--bind", str(empty), path)
         doctor(lack)
         must("umount", path)
-    # There is no way back from this one.
+    # There is no way back from this one. A daemon that is armed already finds its probes' files shut.
+    must("systemctl", "start", "cgpolicyd")
+    wait_for(lambda: properties("kills.service").get("State") == "applied")
     Path("/sys/kernel/security/lockdown").write_text("confidentiality")
+    wait_for(lambda: properties("kills.service").get("State") == "not-enforced")
+    tell(step="locked down later", status=must("cgpolicy", "status"))
     doctor("lockdown")
     must("systemctl", "restart", "cgpolicyd")  # doctor's question to it may have started it
     tell(step="locked down", status=must("cgpolicy", "status"), unit=properties("kills.service")["State"])
