@@ -31,7 +31,7 @@ PROPERTIES = "org.freedesktop.DBus.Properties"
 NOBODY = 65534
 
 WINDOW = 48  # outstanding calls of one connection; cgpolicyd refuses the 65th that has to wait
-TIMEOUT_MS = 300_000  # to an answer; a guest on a busy host can take a minute for a look at all units
+TIMEOUT_MS = 60_000  # to an answer
 GROWTH_MAX_KIB = 2048
 
 SIGNATURES = {
