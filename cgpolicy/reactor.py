@@ -132,7 +132,8 @@ class Reactor:
         try:
             os.write(target.kill, b"1")
         except OSError as error:
-            if error.errno != errno.ENODEV:
+            # ENOENT before its files are gone: the cgroup is dead already (cgroup_kill_write() in kernel/cgroup/cgroup.c).
+            if error.errno not in (errno.ENODEV, errno.ENOENT):
                 return Reaction.FAILED, False
             target.close()
             target.gone = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -148,6 +149,21 @@ def test_the_next_cgroup_of_that_name_is_not_killed(host: Host) -> None:
     host.reactor.set_policy(old, WEB, Action.KILL)
     assert host.reactor.react(loss) == (Action.KILL, Reaction.GONE, False)
     assert not host.killed(WEB)
+
+
+@pytest.mark.parametrize(
+    ("error", "reaction"),
+    [(errno.ENODEV, Reaction.GONE), (errno.ENOENT, Reaction.GONE), (errno.EACCES, Reaction.FAILED)],
+)
+def test_cgroup_that_is_being_removed_has_nobody_left(
+    host: Host, monkeypatch: pytest.MonkeyPatch, error: int, reaction: Reaction
+) -> None:
+    def refused(descriptor: int, data: bytes) -> int:
+        raise OSError(error, os.strerror(error))
+
+    host.set(WEB, Action.KILL)
+    monkeypatch.setattr(os, "write", refused)
+    assert host.lose(WEB) == (Action.KILL, reaction, False)
 
 
 def test_panic_comes_first_and_says_why(host: Host) -> None:
