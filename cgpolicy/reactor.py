@@ -132,7 +132,7 @@ class Reactor:
         try:
             os.write(target.kill, b"1")
         except OSError as error:
-            # ENOENT before its files are gone: the cgroup is dead already (cgroup_kill_write() in kernel/cgroup/cgroup.c).
+            # ENOENT before its files are gone: the cgroup is dead already (the kernel's cgroup_kill_write()).
             if error.errno not in (errno.ENODEV, errno.ENOENT):
                 return Reaction.FAILED, False
             target.close()
