@@ -122,6 +122,10 @@ def test_bus_restarted(told: Steps) -> None:
     assert (seen["after"], seen["again"], seen["State"]) == ("panic", True, "applied")
 
 
+def test_lost_after_the_bus_was_restarted(told: Steps) -> None:
+    assert told["again"] == {"signalled": 1, "pages": "1", "action": "kill"}
+
+
 def test_sandbox(told: Steps) -> None:
     match = re.search(r"for cgpolicyd\.service: ([0-9.]+)", told["security"]["text"])
     assert match

@@ -14,4 +14,5 @@ storm.gone("gone")
 cases.main()
 storm.storm(listener, int(sys.argv[1]))
 storm.below(listener)
-cases.bus_restarted()  # last: it takes the listener's connection
+cases.bus_restarted()
+storm.after_bus_restart("again")
