@@ -64,7 +64,6 @@ def parser() -> Parser:
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="from CMD's start")
     parser.add_argument("--smp", type=int, metavar="N", default=1, help="virtual CPUs")
     parser.add_argument("--console", type=Path, metavar="FILE", help="copy the console's log there")
-    parser.add_argument("--icount", action="store_true", help="the guest's time counts instructions")
     parser.add_argument("command", nargs="+", metavar="CMD")
     return parser
 
@@ -87,7 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timeout=options.timeout,
         smp=options.smp,
         console=options.console,
-        icount=options.icount,
     )
     try:
         require_root()

@@ -64,7 +64,6 @@ class Request:
     timeout: float | None = None
     smp: int = 1
     console: Path | None = None  # also keep its log there, however the run ends
-    icount: bool = False  # the guest's time counts instructions (QEMU's -icount): slow, but repeatable
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,13 +229,9 @@ class Machine:
             "panic=-1 mitigations=off net.ifnames=0 random.trust_cpu=on systemd.show_status=no "
             "systemd.default_timeout_start_sec=600"  # a kernel that checks itself takes minutes to start a service
         )
-        if self.request.icount:
-            arguments += " nokaslr norandmaps"  # they change how many instructions a walk of a hash or tree takes
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-machine", "q35"]
-        command += ["-accel", "kvm" if has_kvm() and not self.request.icount else "tcg,thread=single"]
-        if self.request.icount:
-            command += ["-icount", "shift=1,sleep=off"]
+        command += ["-accel", "kvm" if has_kvm() else "tcg,thread=single"]
         command += ["-cpu", CPU, "-smp", str(self.request.smp), "-m", str(MEMORY_MIB)]
         command += ["-action", "panic=none", "-device", "pvpanic-pci"]
         command += ["-kernel", str(kernel.image), "-append", arguments]

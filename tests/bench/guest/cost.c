@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 /*
- * cost DIRECTORY CGROUP MEMCG ROUNDS - what some operations cost, in nanoseconds of CLOCK_MONOTONIC.
+ * cost ROUNDS - what some operations cost, in nanoseconds of CLOCK_MONOTONIC; to be booted as init, alone.
  *
  * Meant for QEMU's -icount, where this clock counts instructions. The cheapest round of an operation is the one that
- * nothing else came between. DIRECTORY is on a disk; of the two cgroups, the second one has the memory controller on for
- * its children. Prints a line each: the operation's name, and the cost of one in the cheapest round and in the middle one.
+ * nothing else came between. Prints a line each: the operation's name, and the cost of one in the cheapest round. Ends
+ * the machine.
  */
 #include <err.h>
 #include <errno.h>
@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -22,8 +24,12 @@
 #define PAGE 4096
 #define PAGES 32 /* few enough for rounds that no timer interrupts */
 
+#define CGROUPS "/sys/fs/cgroup"
+#define PLAIN CGROUPS "/plain"
+#define MEMORY CGROUPS "/memory" /* has the memory controller on for its children */
+#define OWN CGROUPS "/cost"
+
 static char page[PAGE];
-static char *directory, *cgroup, *memcg;
 static int fd, pagemap, inject, drop_caches;
 
 static int64_t now(void)
@@ -32,19 +38,6 @@ static int64_t now(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &time);
 	return time.tv_sec * 1000000000LL + time.tv_nsec;
-}
-
-static int open_file(void)
-{
-	char path[4096];
-	int file;
-
-	snprintf(path, sizeof(path), "%s/cost-XXXXXX", directory);
-	file = mkstemp(path);
-	if (file < 0)
-		err(1, "%s", path);
-	unlink(path);
-	return file;
 }
 
 /* Pages that are new in the page cache, and so are charged. */
@@ -88,13 +81,10 @@ static int64_t fork_and_exit(void)
 	return now() - start;
 }
 
-static int64_t make_and_remove(const char *parent)
+static int64_t make_and_remove(const char *path)
 {
-	char path[4096];
-	int64_t start;
+	int64_t start = now();
 
-	snprintf(path, sizeof(path), "%s/child", parent);
-	start = now();
 	if (mkdir(path, 0755) || rmdir(path))
 		err(1, "%s", path);
 	return now() - start;
@@ -102,12 +92,12 @@ static int64_t make_and_remove(const char *parent)
 
 static int64_t make_and_remove_cgroup(void)
 {
-	return make_and_remove(cgroup);
+	return make_and_remove(PLAIN "/child");
 }
 
 static int64_t make_and_remove_memcg(void)
 {
-	return make_and_remove(memcg);
+	return make_and_remove(MEMORY "/child");
 }
 
 /*
@@ -141,43 +131,65 @@ static int64_t lose_page(void)
 	return start;
 }
 
-static int compare(const void *one, const void *other)
-{
-	int64_t a = *(const int64_t *)one, b = *(const int64_t *)other;
-
-	return (a > b) - (a < b);
-}
-
 static void measure(const char *name, int64_t (*operation)(void), int rounds)
 {
-	int64_t *costs = calloc(rounds, sizeof(*costs));
-	int number;
+	int64_t cheapest = INT64_MAX;
 
-	for (number = 0; number < rounds; number++)
-		costs[number] = operation();
-	qsort(costs, rounds, sizeof(*costs), compare);
-	printf("%s %lld %lld\n", name, (long long)costs[0], (long long)costs[rounds / 2]);
+	while (rounds--) {
+		int64_t cost = operation();
+
+		if (cost < cheapest)
+			cheapest = cost;
+	}
+	printf("%s %lld\n", name, (long long)cheapest);
 	fflush(stdout);
-	free(costs);
+}
+
+static int open_file(const char *path, int flags)
+{
+	int file = open(path, flags | O_CLOEXEC, 0600);
+
+	if (file < 0)
+		err(1, "%s", path);
+	return file;
+}
+
+static void put(const char *path, const char *text)
+{
+	int file = open_file(path, O_WRONLY);
+
+	if (write(file, text, strlen(text)) != (ssize_t)strlen(text))
+		err(1, "%s", path);
+	close(file);
+}
+
+/* What an init finds is nothing; nothing is to be written back but what is asked for. */
+static void set_up(void)
+{
+	if (mount("proc", "/proc", "proc", 0, NULL) || mount("sysfs", "/sys", "sysfs", 0, NULL) ||
+	    mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL) || mount("cgroup2", CGROUPS, "cgroup2", 0, NULL))
+		err(1, "mount");
+	put("/proc/sys/vm/dirty_writeback_centisecs", "360000");
+	put("/proc/sys/vm/dirty_expire_centisecs", "360000");
+	put(CGROUPS "/cgroup.subtree_control", "+memory");
+	if (mkdir(PLAIN, 0755) || mkdir(MEMORY, 0755) || mkdir(OWN, 0755))
+		err(1, "mkdir");
+	put(MEMORY "/cgroup.subtree_control", "+memory");
+	put(OWN "/cgroup.procs", "1");
 }
 
 int main(int argc, char **argv)
 {
-	int rounds;
+	int rounds = atoi(argv[argc - 1]); /* the kernel puts before it what it does not know itself */
 
-	if (argc != 5)
-		errx(2, "usage: cost DIRECTORY CGROUP MEMCG ROUNDS");
-	directory = argv[1];
-	cgroup = argv[2];
-	memcg = argv[3];
-	rounds = atoi(argv[4]);
+	if (rounds <= 0 || getpid() != 1)
+		errx(2, "usage: init=/cost -- ROUNDS");
+	set_up();
 	memset(page, 'x', PAGE);
-	pagemap = open("/proc/self/pagemap", O_RDONLY);
-	inject = open("/sys/kernel/debug/hwpoison/corrupt-pfn", O_WRONLY);
-	drop_caches = open("/proc/sys/vm/drop_caches", O_WRONLY);
-	if (pagemap < 0 || inject < 0 || drop_caches < 0)
-		err(1, "pagemap, corrupt-pfn, drop_caches");
-	fd = open_file();
+	pagemap = open_file("/proc/self/pagemap", O_RDONLY);
+	inject = open_file("/sys/kernel/debug/hwpoison/corrupt-pfn", O_WRONLY);
+	drop_caches = open_file("/proc/sys/vm/drop_caches", O_WRONLY);
+	fd = open_file("/file", O_RDWR | O_CREAT);
 	measure("page-cache write", write_pages, rounds);
 	measure("page fault", fault_pages, rounds);
 	measure("fork and exit", fork_and_exit, rounds);
@@ -186,5 +198,6 @@ int main(int argc, char **argv)
 	if (ftruncate(fd, 0))
 		err(1, "ftruncate");
 	measure("memory_failure() of a dirty page", lose_page, rounds < 200 ? rounds : 200);
-	return 0;
+	reboot(RB_AUTOBOOT);
+	err(1, "reboot");
 }

@@ -6,6 +6,7 @@ The others are active without a process, so that systemctl's pattern * takes in 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ SHOW = ["systemctl", "show", "--property=Id,FragmentPath,DropInPaths,ControlGrou
 MANAGER = ("org.cgpolicy1", "/org/cgpolicy1", "org.cgpolicy1.Manager")
 IDLE_SECONDS = 60
 CALLS = 1000
+os.environ["SYSTEMD_BUS_TIMEOUT"] = "1h"  # PID 1 may have signals of thousands of starts to send before it answers
 AT_ONCE = 500  # units started together: of thousands PID 1 makes jobs for longer than systemctl waits
 
 
