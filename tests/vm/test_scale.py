@@ -59,4 +59,4 @@ def test_calls_leave_nothing_behind(scale: Steps) -> None:
 
 def test_no_wakeup_while_nothing_happens(scale: Steps) -> None:
     """No thread of the daemon runs (its context switches, of /proc/PID/task/TID/status)."""
-    assert scale["idle"] == {"seconds": 60, "wakeups": 0}
+    assert scale["idle"] == {"seconds": 60, "wakeups": 0, "wakers": []}

@@ -86,6 +86,23 @@ def ask(unit: str, count: int) -> None:
         bus.call_sync(MANAGER[0], path, "org.freedesktop.DBus.Properties", "GetAll", which, None, 0, -1, None)
 
 
+class Wakers:
+    """Records who wakes the daemon's threads, by tracing: what to look for if it is not left alone."""
+
+    def __init__(self) -> None:
+        self.instance = Path("/sys/kernel/tracing/instances/wakers")
+        self.instance.mkdir(exist_ok=True)
+        self.event = self.instance / "events/sched/sched_waking"
+        (self.event / "filter").write_text(" || ".join(f"pid == {thread}" for thread in switches()))
+        (self.event / "enable").write_text("1")
+
+    def close(self) -> list[str]:
+        (self.event / "enable").write_text("0")
+        lines = (self.instance / "trace").read_text().splitlines()
+        self.instance.rmdir()
+        return [line.strip() for line in lines if "sched_waking" in line]
+
+
 def later(seconds: float) -> int:
     """Return how often the daemon was awake during some seconds."""
     before = switches()
@@ -137,7 +154,9 @@ def main(count: int) -> None:
 
     # What systemd and the daemon still have to do for each other is done once both have answered.
     wait_for(lambda: later(1) == 0)
-    tell(step="idle", seconds=IDLE_SECONDS, wakeups=later(IDLE_SECONDS))
+    wakers = Wakers()
+    wakeups = later(IDLE_SECONDS)
+    tell(step="idle", seconds=IDLE_SECONDS, wakeups=wakeups, wakers=wakers.close())
 
 
 main(int(sys.argv[1]))
