@@ -58,5 +58,8 @@ def test_calls_leave_nothing_behind(scale: Steps) -> None:
 
 
 def test_no_wakeup_while_nothing_happens(scale: Steps) -> None:
-    """No thread of the daemon runs (its context switches, of /proc/PID/task/TID/status)."""
+    """No thread of the daemon runs (its context switches, of /proc/PID/task/TID/status) between two of its watchdog's.
+
+    WatchdogSec=5min makes that one wake-up in 150 s.
+    """
     assert scale["idle"] == {"seconds": 60, "wakeups": 0, "wakers": []}

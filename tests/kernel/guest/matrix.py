@@ -86,7 +86,6 @@ def run_case(
     owner.action = action
     log = KernelLog()
     with target(kind) as file:
-        stat = file.path.stat()
         reader = Process(sub, lambda process: victim(process, file, how, injection))
         bystander = Process(sub, lambda process: process.wait_for_order())
         outsider = Process(Cgroup("outside", top), lambda process: process.wait_for_order())
@@ -115,9 +114,8 @@ def run_case(
         check(f"{pfn:x}", line["pfn"], "pfn")
         check(file.device, os.makedev(int(line["major"]), int(line["minor"])), "device")
         check(POS, int(line["pos"]), "pos")
-        if kind != "bdev":
-            check(stat.st_ino, int(line["ino"]), "inode")
-            check(stat.st_mode, int(line["mode"], 8), "mode")
+        check(file.inode, int(line["ino"]), "inode")
+        check(file.mode, int(line["mode"], 8), "mode")
         check(owner.name, line["memcg"], "memcg")
         check(action, line["action"], "action")
 
@@ -133,9 +131,7 @@ def run_case(
         check(1, len(events), "trace events")
         device = f"{os.major(file.device)}:{os.minor(file.device)}"
         expected = {"pfn": f"{pfn:#x}", "dev": device, "pos": str(POS)}
-        expected |= {"cgroup_id": str(owner.id), "action": action}
-        if kind != "bdev":
-            expected["ino"] = str(stat.st_ino)
+        expected |= {"ino": str(file.inode), "cgroup_id": str(owner.id), "action": action}
         check(expected, {key: events[0][key] for key in expected}, "trace event")
 
         # What the processes see

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_IFMT
 from typing import ClassVar
 
 PAGE = mmap.PAGESIZE
@@ -344,11 +345,17 @@ MKFS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A file, or a block device, whose pages are to be lost; size in bytes."""
+    """A file, or a block device, whose pages are to be lost; size in bytes, the others as the kernel's line has them.
+
+    The inode of a block device is that of its page cache, and not of its file in /dev: it has the device's number
+    (dev_t as in include/linux/kdev_t.h) and no permissions.
+    """
 
     path: Path
     size: int
-    device: int  # as the kernel's line has it
+    device: int
+    inode: int
+    mode: int
 
 
 def loop_device(name: str, size: int) -> Path:
@@ -380,17 +387,20 @@ def target(kind: str, size: int = 1 << 20) -> Iterator[Target]:
     name = f"{os.getpid()}-{next(counter)}"
     if kind == "bdev":
         path = loop_device(name, size)
-        device = path.stat().st_rdev
     else:
         path = filesystem(kind) / name
-        device = path.parent.stat().st_dev
     with open(path, "r+b" if kind == "bdev" else "wb") as file:
         file.write(OLD * size)
         file.flush()
         os.fsync(file.fileno())
         # Nobody else's: a large folio with a poisoned page in it would be freed, and the page used again.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    yield Target(path, size, device)
+    stat = path.stat()
+    if kind == "bdev":
+        device = stat.st_rdev
+        yield Target(path, size, device, os.major(device) << 20 | os.minor(device), S_IFMT(stat.st_mode))
+    else:
+        yield Target(path, size, stat.st_dev, stat.st_ino, stat.st_mode)
 
 
 def overwrite(path: Path, pos: int, how: str, size: int) -> tuple[int, mmap.mmap | None]:

@@ -52,8 +52,7 @@ def main() -> None:
     with target(kind) as file:
         process = Process(owner, lambda process: body(process, file.path, how, file.size))
         pfn = int(process.hear())
-        stat = file.path.stat()
-        said = {"pfn": f"{pfn:#x}", "ino": stat.st_ino, "pos": POS, "memcg": owner.name}
+        said = {"pfn": f"{pfn:#x}", "ino": file.inode, "pos": POS, "memcg": owner.name}
         print(json.dumps(said), flush=True)
         time.sleep(2)  # nothing tells when the channel has passed it on, and after the panic it is too late
         if injection == "madvise":
