@@ -88,10 +88,8 @@ def panics(base: str) -> list[tuple[str, str, str, str]]:
     """
     if not is_full() and not is_debug():
         return PANICS[base]
-    if is_full():
-        ways = [(kind, how, injection) for (kind, how, _), injection in itertools.product(matrix(base), INJECTIONS)]
-    else:
-        ways = [(kind, how, injection) for (kind, how, _), injection in zip(matrix(base), itertools.cycle(INJECTIONS))]
+    every, once = itertools.product(matrix(base), INJECTIONS), zip(matrix(base), itertools.cycle(INJECTIONS))
+    ways = ((kind, how, injection) for (kind, how, _), injection in (every if is_full() else once))
     return [(*way, where) for way, where in zip(ways, itertools.cycle(("self", "parent")))]
 
 
